@@ -1,0 +1,1 @@
+"""Sends the rows of a PostgreSQL outbox as SMS through SMSPAY."""
