@@ -1,0 +1,73 @@
+"""Workers: who is alive, by the database's clock."""
+
+from __future__ import annotations
+
+from dispatcher.db.pool import Session
+
+# Enter a worker, and its egress with it.
+_ENTER = """
+WITH known AS (
+    INSERT INTO egress (name) VALUES ($1) ON CONFLICT (name) DO NOTHING
+)
+INSERT INTO worker (egress, host, pid, version, lease, lease_until)
+SELECT $1, $2, $3, $4, l.lease, clock_timestamp() + l.lease
+FROM (SELECT make_interval(secs => $5)) AS l (lease)
+RETURNING id
+"""
+
+
+async def enter(
+    session: Session, egress: str, *, host: str, pid: int, version: str, lease: float
+) -> int:
+    """Enter a worker with a lease in seconds; returns its number. Raises DatabaseLost."""
+    rows = await session.fetch(_ENTER, egress, host, pid, version, lease)
+    return int(rows[0]["id"])
+
+
+# Renew a worker's lease.
+_BEAT = """
+UPDATE worker w
+SET beat_at = clock_timestamp(), lease_until = clock_timestamp() + w.lease
+WHERE w.id = $1
+RETURNING w.id
+"""
+
+
+async def beat(session: Session, worker_id: int) -> bool:
+    """Renew a worker's lease; False if nobody knows it any more. Raises DatabaseLost."""
+    return bool(await session.fetch(_BEAT, worker_id))
+
+
+# Say whether a worker sleeps, so that inserts know whether to wake it.
+_IDLE = """
+UPDATE worker w SET idle = $2 WHERE w.id = $1 AND w.idle <> $2
+"""
+
+
+async def set_idle(session: Session, worker_id: int, *, idle: bool) -> None:
+    """Say whether a worker is to be woken by inserts. Raises DatabaseLost."""
+    await session.fetch(_IDLE, worker_id, idle)
+
+
+# Let a worker go that holds nothing: its lease ends now.
+_LEAVE = """
+UPDATE worker w SET lease_until = clock_timestamp(), idle = false WHERE w.id = $1
+"""
+
+
+async def leave(session: Session, worker_id: int) -> None:
+    """End a worker's lease. Raises DatabaseLost."""
+    await session.fetch(_LEAVE, worker_id)
+
+
+# Forget workers that are long gone and hold nothing.
+_FORGET = """
+DELETE FROM worker w
+WHERE w.lease_until < clock_timestamp() - interval '1 day'
+    AND NOT EXISTS (SELECT FROM outbox o WHERE o.status = 'sending' AND o.worker_id = w.id)
+"""
+
+
+async def forget(session: Session) -> None:
+    """Forget workers gone for a day. Raises DatabaseLost."""
+    await session.fetch(_FORGET)

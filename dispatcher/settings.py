@@ -1,0 +1,163 @@
+"""Settings from the environment and a `.env` file, all checked at the start."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from dispatcher.domain.message import Status
+from dispatcher.domain.reports import REPORTED, WORDS
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_PREFIX: Final = "DISPATCHER_"
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the text is one sentence that names it."""
+
+
+def _networks(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(
+            ipaddress.ip_network(part.strip(), strict=False)
+            for part in value.split(",")
+            if part.strip()
+        )
+    return value
+
+
+def _words(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        told = json.loads(value) if value.strip() else {}
+    except json.JSONDecodeError:
+        raise ValueError("it is not JSON") from None
+    if not isinstance(told, dict):
+        raise ValueError("it is not a JSON object")
+    words: dict[str, Status] = {}
+    for word, status in told.items():
+        if status not in set(REPORTED):
+            raise ValueError("its values must be enroute, delivered or undeliverable")
+        words[word.strip().upper()] = Status(status)
+    return words or dict(WORDS)
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can set. Times are in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+    )
+
+    database_url: str | None = Field(
+        None, validation_alias=AliasChoices("DATABASE_URL", "database_url")
+    )
+    data_dir: Path = Path(".dispatcher")
+    provider_url: str = "http://rcv.smspay.bg/users/send_bulk.php"
+    concurrency: int = Field(100, ge=1, le=10_000)
+    request_timeout: float = Field(15, gt=0, le=3600)
+    keepalive: float = Field(2, gt=0, le=3600)
+    poll_interval: float = Field(1, ge=0.01, le=3600)
+    lease: float = Field(30, ge=1, le=3600)
+    drain: float = Field(20, ge=0, le=3600)
+    egress: str = Field("default", min_length=1, max_length=200)
+    ban_backoff: float = Field(60, gt=0, le=86_400)
+    ban_backoff_max: float = Field(3600, gt=0, le=604_800)
+    probe_interval: float = Field(600, gt=0, le=604_800)
+    unknown_retry_after: float = Field(60, ge=0, le=604_800)
+    region: str = Field("BG", pattern="^[A-Z]{2}$")
+    http_host: str = Field("127.0.0.1", min_length=1)
+    http_port: int = Field(8080, ge=0, le=65_535)
+    dlr_token: str | None = Field(None, min_length=1)
+    dlr_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)] = ()
+    dlr_id_param: str = Field("sms_id", min_length=1)
+    dlr_status_param: str = Field("status", min_length=1)
+    dlr_status_map: Annotated[Mapping[str, Status], NoDecode, BeforeValidator(_words)] = WORDS
+    log_format: Literal["json", "console"] = Field(
+        default_factory=lambda: "console" if sys.stdout.isatty() else "json"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("postgresql://", "postgres://")):
+            raise ValueError("it must begin with postgresql://")
+        return value
+
+    @field_validator("provider_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("it must be an http:// or https:// address")
+        if not 0 < (parts.port or 80) < 65_536:
+            raise ValueError("its port must be 1 to 65535")
+        return value
+
+    @field_validator("region")
+    @classmethod
+    def _is_region(cls, value: str) -> str:
+        import phonenumbers  # slow to load, and only the start needs it here
+
+        if value not in phonenumbers.SUPPORTED_REGIONS:
+            raise ValueError("it must be a country of two capitals, such as BG")
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _in_small_letters(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        if self.ban_backoff_max < self.ban_backoff:
+            raise ValueError(
+                "DISPATCHER_BAN_BACKOFF_MAX is less than DISPATCHER_BAN_BACKOFF; raise it"
+            )
+        return self
+
+
+def load(**given: Any) -> Settings:
+    """Read and check the settings; `given` overrides the environment.
+
+    Raises SettingsError with one sentence that names the wrong setting.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    told = first["msg"].removeprefix("Value error, ").rstrip(".")
+    if not first["loc"]:
+        return f"{told}."
+    field = str(first["loc"][0])
+    name = "DATABASE_URL" if field.lower() == "database_url" else _PREFIX + field.upper()
+    return f"{name} is wrong: {told[0].lower()}{told[1:]}."
