@@ -1,0 +1,114 @@
+"""Fixtures for every test: a PostgreSQL server, and a fresh migrated database for each test."""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import aioresponses.core
+import asyncpg
+import pytest
+from aiohttp import ClientResponse
+from aiohttp.abc import AbstractStreamWriter
+
+from dispatcher.db import migrations
+from dispatcher.embedded import EmbeddedPostgres
+
+# One server serves the whole run: pytest-xdist's workers inherit the variable and join it.
+SERVER_DIRECTORY = "DISPATCHER_TEST_SERVER"
+TEMPLATE = "dispatcher_template"
+NUMBERS = count()
+
+_directories: list[tempfile.TemporaryDirectory[str]] = []
+
+
+class _MockedResponse(ClientResponse):
+    """What aioresponses answers with; its 0.7.9 does not know aiohttp 3.14's `stream_writer`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, stream_writer=Mock(spec=AbstractStreamWriter), **kwargs)
+
+
+setattr(aioresponses.core, "ClientResponse", _MockedResponse)  # noqa: B010 - mypy: cannot assign to a type
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the server's directory, in the process that is started first."""
+    if SERVER_DIRECTORY not in os.environ:
+        directory = tempfile.TemporaryDirectory(prefix="dispatcher-tests-")
+        _directories.append(directory)
+        os.environ[SERVER_DIRECTORY] = directory.name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes it, when all workers have left."""
+    for directory in _directories:
+        directory.cleanup()
+
+
+def database_dsn(server_dsn: str, name: str) -> str:
+    """The connection string of another database on the same server."""
+    return server_dsn.replace("/postgres?", f"/{name}?")
+
+
+async def _execute(dsn: str, *statements: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def _prepare(dsn: str) -> None:
+    """Makes the template database, once for all workers, on a server that need not survive."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("SELECT pg_advisory_lock(1)")
+        if await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", TEMPLATE):
+            return
+        for setting in ("fsync", "full_page_writes"):
+            await connection.execute(f"ALTER SYSTEM SET {setting} = off")
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.execute("CREATE DATABASE unfinished")
+        await migrations.upgrade(database_dsn(dsn, "unfinished"))
+        await connection.execute(f"ALTER DATABASE unfinished RENAME TO {TEMPLATE}")
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """The server of this run, shared by all workers; quick, and not durable."""
+    with EmbeddedPostgres(Path(os.environ[SERVER_DIRECTORY])) as server:
+        asyncio.run(_prepare(server.dsn))
+        yield server
+
+
+@pytest.fixture
+def database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The connection string of a fresh, migrated database."""
+    name = f"test_{os.getpid()}_{next(NUMBERS)}"
+    asyncio.run(_execute(postgres.dsn, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
+    yield database_dsn(postgres.dsn, name)
+    asyncio.run(_execute(postgres.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+async def connection(database: str) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+    """A connection to the test's database."""
+    connection = await asyncpg.connect(database)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def durable_postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
+    """A server for this test alone, migrated and as durable as in earnest, to be killed."""
+    with EmbeddedPostgres(tmp_path) as server:
+        asyncio.run(migrations.upgrade(server.dsn))
+        yield server
