@@ -56,7 +56,7 @@ def _words(value: object) -> object:
         if status not in set(REPORTED):
             raise ValueError("its values must be enroute, delivered or undeliverable")
         words[word.strip().upper()] = Status(status)
-    return words or dict(WORDS)
+    return {**WORDS, **words}
 
 
 class Settings(BaseSettings):
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     request_timeout: float = Field(15, gt=0, le=3600)
     keepalive: float = Field(2, gt=0, le=3600)
     poll_interval: float = Field(1, ge=0.01, le=3600)
-    lease: float = Field(30, ge=1, le=3600)
+    lease: float = Field(30, ge=0.5, le=3600)
     drain: float = Field(20, ge=0, le=3600)
     egress: str = Field("default", min_length=1, max_length=200)
     ban_backoff: float = Field(60, gt=0, le=86_400)
