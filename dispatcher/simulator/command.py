@@ -2,10 +2,10 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -14,7 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from dispatcher.simulator.config import Config, amend, load, pairs_of, service_of
+from dispatcher.simulator.config import Config, load, merge, pairs_of, service_of
 from dispatcher.simulator.server import Simulator, State
 
 _WIDTH = 79
@@ -98,27 +98,25 @@ def simulator(  # noqa: PLR0913 - each option of the command is an argument
     POST /simulator/set takes the keys of --config, and ban_now (seconds) and
     unban (true); POST /simulator/reset forgets. A summary is printed at the end.
     """  # noqa: D301 - the character \b itself keeps Typer from joining the lines after it
-    settings = {"host": host, "port": port, "seed": seed}
-    ban = {"after": ban_after, "refused": ban_refused, "seconds": ban_for}
     try:
-        chosen = load(config, Config()) if config else Config()
-        chosen = replace(
-            chosen,
-            services=chosen.services + tuple(service_of(text) for text in service or ()),
-            ban=amend(chosen.ban, _given(ban), "--ban"),
-            faults=amend(
-                chosen.faults, pairs_of(faults or "") | _given({"latency": latency}), "--faults"
-            ),
-            reports=amend(chosen.reports, pairs_of(dlr or "") | _given({"url": dlr_url}), "--dlr"),
-        )
-        chosen = amend(chosen, _given(settings), "the options")
+        base = load(config, Config()) if config else Config()
+        changes = {
+            **_given({"host": host, "port": port, "seed": seed}),
+            "services": [service_of(text) for text in service or ()],
+            "ban": _given({"after": ban_after, "refused": ban_refused, "seconds": ban_for}),
+            "faults": pairs_of(faults or "") | _given({"latency": latency}),
+            "reports": pairs_of(dlr or "") | _given({"url": dlr_url}),
+        }
+        chosen = merge(base, changes)
     except ValueError as error:
         _fail(str(error), 2)
     try:
         uvloop.run(_serve(chosen, as_json=json_))
     except OSError as error:
+        # uvloop puts an address and words of its own where the system's words belong.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         _fail(
-            f"Can not listen on {chosen.host}:{chosen.port} ({error.strerror}): "
+            f"Cannot listen on {chosen.host}:{chosen.port} ({reason}): "
             "choose another with --host and --port.",
             1,
         )
@@ -166,7 +164,7 @@ def _masked(msisdn: str | None) -> str | None:
 
 def show(state: State, console: Console) -> None:
     """Print the summary for people: no text, and numbers masked."""
-    table = Table("received", "", title="The provider's day")
+    table = Table("what the provider received", "")
     table.columns[1].justify = "right"
     rows: list[tuple[str, object]] = [
         ("requests", state["requests"]),

@@ -32,9 +32,11 @@ class Config:
     reports: Reports = field(default_factory=Reports)
 
     def __post_init__(self) -> None:
-        """Refuse a port that is none."""
+        """Refuse a port that is none, and a log of less than nothing."""
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be from 0 to 65535, but is {self.port}.")
+        if self.log_size < 0:
+            raise ValueError(f"log_size must not be negative, but is {self.log_size}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def load(path: Path, base: Config) -> Config:
     try:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} can not be read: {error.strerror}.") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from None
     return merge(base, content)
@@ -85,12 +87,12 @@ def _services(base: tuple[Service, ...], changes: object) -> tuple[Service, ...]
     return tuple(services.values())
 
 
-def service_of(text: str) -> Service:
-    """A service from `42:day=1000,delay=0.05,user=7`; raises ValueError with one sentence."""
+def service_of(text: str) -> dict[str, object]:
+    """A service's changes from `42:day=1000,delay=0.05`; raises ValueError with one sentence."""
     number, _, rest = text.partition(":")
     if not number.isdecimal():
         raise ValueError(f"{text!r} must begin with the service's number, as in 42:day=1000.")
-    return amend(Service(int(number)), pairs_of(rest), f"service {number}")
+    return {"id": int(number), **pairs_of(rest)}
 
 
 def pairs_of(text: str) -> dict[str, str]:
@@ -116,7 +118,7 @@ def amend(base: Settings, changes: object, where: str) -> Settings:
         try:
             values[name] = convert(value)
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: {name} can not be {value!r}.") from None
+            raise ValueError(f"{where}: {name} cannot be {value!r}.") from None
     return replace(base, **values)
 
 

@@ -3,12 +3,12 @@
 import re
 from dataclasses import dataclass
 from http import HTTPStatus
-from urllib.parse import unquote_to_bytes
 
 HEAD_MAX = 64 * 1024
 BODY_MAX = 1024 * 1024
 
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_ESCAPES = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 _LENGTH = re.compile(rb"[0-9]{1,9}")
 
 
@@ -100,5 +100,9 @@ def decode(query: str) -> dict[str, str] | None:
 
 
 def _text(encoded: str) -> str:
-    spaced = encoded.replace("+", " ")
-    return unquote_to_bytes(spaced).decode("utf-8") if "%" in spaced else spaced
+    # What stands between escapes is ASCII, so no character spans two runs of them.
+    return _ESCAPES.sub(_unescape, encoded.replace("+", " "))
+
+
+def _unescape(run: re.Match[str]) -> str:
+    return bytes.fromhex(run[0].replace("%", "")).decode("utf-8")

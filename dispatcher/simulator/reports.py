@@ -17,7 +17,6 @@ DELIVERED = "DELIVRD"
 UNDELIVERED = "UNDELIV"
 
 _ATTEMPT_SECONDS = 5.0
-_RETRY_FIRST = 0.5
 _RETRY_MOST = 30.0
 _ANSWER_MAX = 1024
 
@@ -42,7 +41,8 @@ class Reports:
     twice. `swapped`: the end comes first. `lost`: one of them, or both, is never sent.
 
     At most `concurrency` are under way; at most `capacity` wait, more are dropped and counted. One
-    that is not answered 200 is sent again, with growing pauses, for up to `retry_for` seconds.
+    that is not answered 200 is sent again after `retry_after` seconds, doubling up to 30, for up to
+    `retry_for` seconds.
 
     Raises ValueError with one sentence for a value that cannot be.
     """
@@ -61,6 +61,7 @@ class Reports:
     lost: float = 0.0
     concurrency: int = 20
     capacity: int = 100_000
+    retry_after: float = 0.5
     retry_for: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -73,8 +74,8 @@ class Reports:
         check_span("reports: final", self.final)
         if self.concurrency < 1 or self.capacity < 1:
             raise ValueError("reports: concurrency and capacity must be at least 1.")
-        if self.late_by < 0 or self.retry_for < 0:
-            raise ValueError("reports: late_by and retry_for must not be negative.")
+        if min(self.late_by, self.retry_after, self.retry_for) < 0:
+            raise ValueError("reports: late_by, retry_after and retry_for must not be negative.")
 
     @property
     def rates(self) -> tuple[tuple[Mishap, float], ...]:
@@ -213,7 +214,7 @@ class Reporter:
             self.counts["sent"] += 1
             return
         self.counts["failed"] += 1
-        item.due = time.monotonic() + min(_RETRY_FIRST * 2**item.attempts, _RETRY_MOST)
+        item.due = time.monotonic() + min(self.settings.retry_after * 2**item.attempts, _RETRY_MOST)
         item.attempts += 1
         if item.due > item.give_up:
             self.counts["given_up"] += 1

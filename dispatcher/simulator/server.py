@@ -63,7 +63,7 @@ class Reaction:
 class Simulator:
     """The provider, started: `async with Simulator(config) as s:` serves at `s.url`.
 
-    Raises OSError if it can not listen at the address.
+    Raises OSError if it cannot listen at the address.
     """
 
     def __init__(self, config: Config | None = None) -> None:
@@ -148,7 +148,7 @@ class Simulator:
         changes = dict(mapping(changes, "the set of changes"))
         for fixed in ("host", "port", "seed"):
             if fixed in changes:
-                raise ValueError(f"{fixed} can not be changed while the simulator runs.")
+                raise ValueError(f"{fixed} cannot be changed while the simulator runs.")
         ban, unban = changes.pop("ban_now", None), changes.pop("unban", False)
         order = amend(BanNow(), ban if isinstance(ban, dict) else {"seconds": ban or 0}, "ban_now")
         config = self.config = merge(self.config, changes)
@@ -256,6 +256,7 @@ class _Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._busy = False
         self._full = False
+        self._paused = False
         self._hanging = False
         self._ended = False
 
@@ -272,14 +273,15 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Answer the requests that are whole by now."""
         self._buffer += data
-        if self._busy and len(self._buffer) > _BUFFER_MAX:
-            self._transport.pause_reading()
         self._go_on()
+        if len(self._buffer) > _BUFFER_MAX and (self._busy or self._full) and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """Stay open for the answer that a half-closed client still waits for."""
+        """Stay open for the answers that a half-closed client still waits for."""
         self._ended = True
-        return self._busy and not self._hanging
+        return (self._busy or self._full) and not self._hanging
 
     def pause_writing(self) -> None:
         """Take no more requests from a client that does not read its answers."""
@@ -295,9 +297,14 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
     def _go_on(self) -> None:
-        while self._buffer and not (self._busy or self._full or self._transport.is_closing()):
+        while not (self._busy or self._full or self._transport.is_closing()):
             request = take(self._buffer)
             if request is None:
+                if self._ended:
+                    self._transport.close()
+                elif self._paused:
+                    self._paused = False
+                    self._transport.resume_reading()
                 return
             if isinstance(request, Malformed):
                 self._simulator.malformed()
@@ -323,7 +330,6 @@ class _Connection(asyncio.Protocol):
             return
         self._busy = False
         self._write(reaction)
-        self._transport.resume_reading()
         self._go_on()
 
     def _write(self, reaction: Reaction) -> None:
@@ -342,5 +348,5 @@ class _Connection(asyncio.Protocol):
             return
         if reaction.fault is None:
             self._transport.write(reaction.content)
-        if reaction.fault or self._ended or not reaction.keep:
+        if reaction.fault or not reaction.keep:
             self._transport.close()
