@@ -1,0 +1,96 @@
+"""A kept connection that has gone bad costs no message: nothing is written to it."""
+
+import asyncio
+
+from dispatcher.provider import Answer, NeverLeft
+from tests.integration.wire.client import client, send
+from tests.integration.wire.raw_provider import RawProvider, Received, well
+
+
+async def test_a_connection_closed_while_idle_is_replaced(raw: RawProvider) -> None:
+    """A provider that closes before our keep-alive ends gets the next request anew, once."""
+    async with client(raw.url) as provider:
+        await send(provider)
+        raw.lines[0].hang_up()
+        await raw.all_closed()
+        reply = await send(provider)
+    assert isinstance(reply, Answer)
+    assert [request.on_connection for request in raw.requests] == [1, 1]
+
+
+async def test_a_connection_closed_unseen_is_replaced(raw: RawProvider) -> None:
+    """A close that the event loop has not read yet is seen before the request is written."""
+    async with client(raw.url) as provider:
+        await send(provider)
+        raw.lines[0].hang_up()
+        reply = await send(provider)
+    assert isinstance(reply, Answer)
+    assert [request.on_connection for request in raw.requests] == [1, 1]
+
+
+async def test_an_answer_nobody_asked_for_is_nobodys(raw: RawProvider) -> None:
+    """A second answer on a kept connection is never taken for the next message's."""
+    stray = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nMSG_OK:666"
+    async with client(raw.url) as provider:
+        for read_by_the_loop in (False, True):
+            await send(provider)
+            raw.lines[-1].write_now(stray)
+            if read_by_the_loop:
+                await asyncio.sleep(0.05)
+            reply = await send(provider)
+            assert isinstance(reply, Answer)
+            assert reply.body == b"MSG_OK:%d" % len(raw.requests)
+            assert raw.requests[-1].on_connection == 1
+
+
+async def test_an_answer_given_twice_at_once_is_taken_once(raw: RawProvider) -> None:
+    """Two answers to one request: the first counts, and the connection is not used again."""
+
+    async def twice(request: Received) -> None:
+        body = b"MSG_OK:%d" % request.number
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        await request.line.write(answer + answer)
+
+    raw.script = twice
+    async with client(raw.url) as provider:
+        for number in range(1, 4):
+            reply = await send(provider)
+            assert isinstance(reply, Answer)
+            assert reply.body == b"MSG_OK:%d" % number
+    assert len(raw.lines) == 3
+
+
+async def test_a_provider_that_closes_after_each_answer_unannounced(raw: RawProvider) -> None:
+    """With every kept connection about to close, each message still arrives at most once."""
+
+    async def answer_and_close(request: Received) -> None:
+        request.line.write_now(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nMSG_OK")
+        request.line.hang_up()
+
+    raw.script = answer_and_close
+    async with client(raw.url, concurrency=20) as provider:
+        pending = [f"text {number}" for number in range(200)]
+        replies = {}
+
+        async def sender() -> None:
+            while pending:
+                text = pending.pop()
+                replies[text] = await send(provider, text)
+
+        await asyncio.gather(*(sender() for _ in range(20)))
+    arrived = [dict(request.parameters)["text"] for request in raw.requests]
+    assert len(arrived) == len(set(arrived))
+    for text, reply in replies.items():
+        assert isinstance(reply, Answer | NeverLeft)
+        assert (text in arrived) == isinstance(reply, Answer)
+    assert sum(isinstance(reply, Answer) for reply in replies.values()) > 190
+
+
+async def test_the_keep_alive_ends_on_our_side_first(raw: RawProvider) -> None:
+    """A connection that has been idle for longer than the keep-alive is not used again."""
+    raw.script = well
+    async with client(raw.url, keepalive=0.05) as provider:
+        await send(provider)
+        await raw.all_closed()
+        await send(provider)
+    assert [request.on_connection for request in raw.requests] == [1, 1]
