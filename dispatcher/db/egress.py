@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from asyncpg import Record
-
-from dispatcher.db.pool import Session
+from dispatcher.db.pool import Record, Session
 
 ILL_FIRST: Final = 5.0
 ILL_MOST: Final = 300.0
 """Seconds before the first probe of an ill provider, and the most they double to."""
-
-CHANNEL: Final = "dispatcher"
-"""What workers listen on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,7 @@ WITH banned AS (
     WHERE e.name = $1 AND e.ban_episode = $2 AND e.banned_until IS NULL
     RETURNING e.ban_episode, e.banned_until
 )
-SELECT banned.*, pg_notify('dispatcher', 'egress') FROM banned
+SELECT banned.*, pg_notify('dispatcher', 'closed:' || $1) FROM banned
 """
 
 
@@ -86,7 +81,7 @@ WITH ill AS (
     WHERE e.name = $1 AND e.ill_until IS NULL
     RETURNING e.ill_until
 )
-SELECT ill.*, pg_notify('dispatcher', 'egress') FROM ill
+SELECT ill.*, pg_notify('dispatcher', 'closed:' || $1) FROM ill
 """
 
 
@@ -184,7 +179,7 @@ WITH resumed AS (
     WHERE e.name = $1 AND (e.banned_until IS NOT NULL OR e.ill_until IS NOT NULL)
     RETURNING e.name
 )
-SELECT resumed.*, pg_notify('dispatcher', 'egress') FROM resumed
+SELECT resumed.*, pg_notify('dispatcher', 'open:' || $1) FROM resumed
 """
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from asyncpg import Record
+import asyncpg
 
-from dispatcher.db.pool import Session
+from dispatcher.db.pool import Record, Session
 from dispatcher.domain.message import Status
 from dispatcher.domain.outcomes import Outcome
 
@@ -132,15 +132,15 @@ asked AS MATERIALIZED (
 locked AS MATERIALIZED (
     SELECT
         a.service_id,
-        least(
-            a.day_limit - d.used, a.week_limit - w.used, a.month_limit - m.used,
-            CASE WHEN greatest(d.closed_until, w.closed_until, m.closed_until) > a.now THEN 0 END
-        ) AS quota_left,
+        CASE WHEN d.closed_until > a.now THEN 0 ELSE a.day_limit - d.used END AS day_left,
+        CASE WHEN w.closed_until > a.now THEN 0 ELSE a.week_limit - w.used END AS week_left,
+        CASE WHEN m.closed_until > a.now THEN 0 ELSE a.month_limit - m.used END AS month_left,
         greatest(p.next_slot, a.now + make_interval(secs => $7)) AS first_slot,
         CASE WHEN a.min_delay > 0 OR p.extra_delay > '0' THEN
             a.min_delay + extract(epoch FROM p.extra_delay)::float8
-            + CASE WHEN a.min_delay > 0 THEN $8::float8 ELSE 0 END
-        END AS delay
+        END AS delay,
+        a.min_delay + extract(epoch FROM p.extra_delay)::float8
+            + CASE WHEN a.min_delay > 0 THEN $8::float8 ELSE 0 END AS step
     FROM asked a
     JOIN pace p USING (service_id)
     JOIN quota_usage d ON (d.service_id, d.period, d.window_start)
@@ -154,19 +154,19 @@ locked AS MATERIALIZED (
 ),
 allowed AS MATERIALIZED (
     SELECT
-        a.*, l.quota_left, l.first_slot, l.delay,
-        greatest(0, least(a.places, l.quota_left, s.slots)) AS places_allowed,
-        s.slots < least(a.places, l.quota_left) AS slots_short
+        a.*, l.day_left, l.week_left, l.month_left, l.first_slot, l.delay, l.step,
+        greatest(0, least(a.places, s.quota_left, s.slots)) AS places_allowed,
+        s.slots < least(a.places, s.quota_left) AS slots_short
     FROM locked l
     JOIN asked a USING (service_id)
     CROSS JOIN LATERAL (
-        SELECT CASE WHEN l.delay IS NOT NULL THEN floor(greatest(-1, extract(
-            epoch FROM a.now + make_interval(secs => $6) - l.first_slot)::float8 / l.delay
+        SELECT least(l.day_left, l.week_left, l.month_left) AS quota_left, CASE WHEN l.delay IS NOT NULL THEN floor(greatest(-1, extract(
+            epoch FROM a.now + make_interval(secs => $6) - l.first_slot)::float8 / l.step
         ))::integer + 1 END AS slots
     ) s
 ),
 picked AS MATERIALIZED (
-    SELECT a.service_id, a.now, a.patterns, a.first_slot, a.delay, o.*
+    SELECT a.service_id, a.now, a.patterns, a.first_slot, a.step, o.*
     FROM allowed a
     CROSS JOIN LATERAL (
         WITH RECURSIVE lane AS (
@@ -238,7 +238,7 @@ sendable AS MATERIALIZED (
     SELECT
         j.id,
         row_number() OVER turn AS place,
-        j.first_slot + make_interval(secs => j.delay) * (row_number() OVER turn - 1) AS slot
+        j.first_slot + make_interval(secs => j.step) * (row_number() OVER turn - 1) AS slot
     FROM judged j
     WHERE j.verdict = 'sending'
     WINDOW turn AS (PARTITION BY j.service_id ORDER BY j.turn)
@@ -274,7 +274,7 @@ debited AS (
 ),
 reserved AS (
     UPDATE pace p
-    SET next_slot = a.first_slot + make_interval(secs => a.delay) * t.messages
+    SET next_slot = a.first_slot + make_interval(secs => a.step) * t.messages
     FROM taken t
     JOIN allowed a USING (service_id)
     WHERE p.service_id = t.service_id AND a.delay IS NOT NULL
@@ -286,14 +286,14 @@ SELECT
     extract(epoch FROM CASE WHEN a.delay IS NOT NULL THEN s.slot END)::float8 AS slot,
     extract(epoch FROM a.send_before)::float8 AS send_before,
     extract(epoch FROM w.expires_at)::float8 AS expires,
-    NULL::integer AS quota_left, NULL::boolean AS slots_short, s.place
+    a.delay, NULL AS spent, NULL::boolean AS slots_short, s.place
 FROM written w
 JOIN allowed a USING (service_id)
 LEFT JOIN sendable s USING (id)
 UNION ALL
 SELECT
     'unread', j.service_id, j.id, NULL, NULL, NULL, NULL, o.msisdn,
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 FROM judged j
 JOIN outbox o USING (id)
 WHERE j.verdict IS NULL
@@ -303,8 +303,12 @@ SELECT
     NULL, NULL, NULL, NULL, NULL, NULL,
     extract(epoch FROM a.now)::float8,
     extract(epoch FROM greatest(a.first_slot, p.next_slot))::float8,
-    extract(epoch FROM a.send_before)::float8, NULL,
-    a.quota_left - coalesce(t.messages, 0), a.slots_short, a.places_allowed
+    extract(epoch FROM a.send_before)::float8, NULL, a.delay,
+    CASE
+        WHEN a.day_left <= coalesce(t.messages, 0) THEN 'day'
+        WHEN a.week_left <= coalesce(t.messages, 0) THEN 'week'
+        WHEN a.month_left <= coalesce(t.messages, 0) THEN 'month'
+    END, a.slots_short, a.places_allowed
 FROM allowed a
 JOIN pace p USING (service_id)
 LEFT JOIN taken t USING (service_id)
@@ -326,6 +330,14 @@ class Claim:
     """What holds each service that was asked: its quota left, its slots."""
 
 
+class ClaimRefused(Exception):
+    """The database cannot run a claim for what is in the rows of a service it was asked for."""
+
+    def __init__(self, sqlstate: str | None) -> None:
+        super().__init__(f"the claim failed with SQLSTATE {sqlstate}")
+        self.sqlstate = sqlstate
+
+
 async def claim(
     session: Session,
     worker_id: int,
@@ -334,21 +346,25 @@ async def claim(
     probe_egress: bool = False,
     probe_service: bool = False,
 ) -> Claim:
-    """Claim up to the given number of messages of each service. Raises DatabaseLost.
+    """Claim up to the given number of messages of each service.
 
-    When the answer is lost the claim may stand; `held` finds it.
+    Raises DatabaseLost, and then the claim may stand; `held` finds it. Raises ClaimRefused, and
+    then nothing is claimed.
     """
-    rows = await session.fetch(
-        _CLAIM,
-        worker_id,
-        list(places),
-        list(places.values()),
-        probe_egress,
-        probe_service,
-        HORIZON,
-        LEAD,
-        GUARD,
-    )
+    try:
+        rows = await session.fetch(
+            _CLAIM,
+            worker_id,
+            list(places),
+            list(places.values()),
+            probe_egress,
+            probe_service,
+            HORIZON,
+            LEAD,
+            GUARD,
+        )
+    except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
+        raise ClaimRefused(error.sqlstate) from None
     found = Claim([], [], [], [])
     for row in rows:
         match row["kind"], row["status"]:
@@ -437,7 +453,8 @@ recorded AS (
     WHERE o.id = r.id AND o.claim_no = r.claim_no AND o.worker_id = r.worker_id
     RETURNING
         o.id, o.claim_no, o.service_id, o.claimed_at, r.worker_id, r.status, r.reply, r.error,
-        r.refunded, r.sent_ago, r.seconds
+        r.refunded, r.sent_ago, r.seconds,
+        o.accepted_at - greatest(o.created_at, o.send_after) AS accepted_after
 ),
 touched AS MATERIALIZED (
     SELECT p.service_id, p.extra_delay, n.accepted
@@ -490,17 +507,21 @@ kept AS (
     WHERE r.sent_ago IS NOT NULL
     ON CONFLICT (message_id, claim_no) DO NOTHING
 )
-SELECT r.id, r.claim_no FROM recorded r
+SELECT r.id, r.claim_no, extract(epoch FROM r.accepted_after)::float8 AS accepted_after
+FROM recorded r
 """
 
 DECAY: Final = 0.998
 """By this a service's extra delay shrinks with each accepted message."""
 
 
-async def record(session: Session, results: Sequence[Result]) -> set[tuple[int, int]]:
+async def record(
+    session: Session, results: Sequence[Result]
+) -> dict[tuple[int, int], float | None]:
     """Record results, once each however often it is called. Raises DatabaseLost.
 
-    Returns those (message, claim number) that were written by this call.
+    Returns those (message, claim number) that were written by this call, each with the seconds
+    from when it was due to its acceptance.
     """
     rows = await session.fetch(
         _RECORD,
@@ -519,7 +540,7 @@ async def record(session: Session, results: Sequence[Result]) -> set[tuple[int, 
         [r.seconds for r in results],
         DECAY,
     )
-    return {(row["id"], row["claim_no"]) for row in rows}
+    return {(row["id"], row["claim_no"]): row["accepted_after"] for row in rows}
 
 
 # List what a worker's claims hold.
@@ -558,7 +579,7 @@ SET status = 'unknown',
     error = 'The worker that held it is gone. It may have been sent; see ''dispatcher resolve''.'
 FROM stranded s
 WHERE o.id = s.id
-RETURNING o.id, o.service_id, o.msisdn, o.worker_id, o.attempts, o.error
+RETURNING o.id, o.service_id, o.status, o.msisdn, o.worker_id, o.attempts, o.reply, o.error
 """
 
 
@@ -589,7 +610,7 @@ SET status = 'pending',
     retry_at = NULL
 FROM again a
 WHERE o.id = a.id
-RETURNING o.id, o.service_id, o.msisdn, o.attempts, o.reply, o.error
+RETURNING o.id, o.service_id, o.status, o.msisdn, o.attempts, o.reply, o.error
 """
 
 RETRIES_OF_UNKNOWN: Final = 3
@@ -620,7 +641,7 @@ SET status = 'expired',
     error = 'Its expires_at passed before it could be sent.'
 FROM late l
 WHERE o.id = l.id
-RETURNING o.id, o.service_id, o.msisdn, o.attempts, o.reply, o.error
+RETURNING o.id, o.service_id, o.status, o.msisdn, o.attempts, o.reply, o.error
 """
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import asyncpg
+from asyncpg import Record as Record
 
 from dispatcher import clock
 
@@ -93,7 +94,7 @@ class Session:
     ) -> None:
         await self.close()
 
-    async def fetch(self, sql: str, *args: object) -> list[asyncpg.Record]:
+    async def fetch(self, sql: str, *args: object) -> list[Record]:
         """Run one statement and return its rows."""
         async with self._turn:
             return await self._run(lambda connection: connection.fetch(sql, *args))

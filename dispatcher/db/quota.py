@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from asyncpg import Record
-
-from dispatcher.db.pool import Session
+from dispatcher.db.pool import Record, Session
 
 # Make the rows that count the current windows, and the row that keeps the pace.
 _OPEN_WINDOWS = """

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from asyncpg import Record
-
 from dispatcher.db.outbox import GUARD, LEAD
-from dispatcher.db.pool import Session
+from dispatcher.db.pool import Record, Session
 
 # Block a service for everybody; a service that is blocked already keeps its next probe.
 _BLOCK = """
@@ -97,6 +95,24 @@ SELECT service_id FROM everywhere
 async def take_probe(session: Session, service_id: int, egress: str, interval: float) -> bool:
     """Take the probe of a blocked service; False if another worker has it. Raises DatabaseLost."""
     return bool(await session.fetch(_TAKE_PROBE, service_id, egress, interval))
+
+
+# Set the time of the next probe of a service that stays blocked.
+_ARM_PROBE = """
+WITH here AS (
+    UPDATE egress_service e
+    SET blocked_until = clock_timestamp() + make_interval(secs => $3)
+    WHERE e.egress = $2 AND e.service_id = $1 AND e.blocked_until IS NOT NULL
+)
+UPDATE service s
+SET blocked_until = clock_timestamp() + make_interval(secs => $3)
+WHERE s.service_id = $1 AND s.blocked_until IS NOT NULL
+"""
+
+
+async def arm_probe(session: Session, service_id: int, egress: str, interval: float) -> None:
+    """Have a blocked service probed again in `interval` seconds. Raises DatabaseLost."""
+    await session.fetch(_ARM_PROBE, service_id, egress, interval)
 
 
 FIRST_SHARE: Final = 0.01

@@ -42,9 +42,15 @@ class Message:
     claimed_at: float
     slot: float | None
     """When its service's pace lets it go; None for a service without a pace."""
+    delay: float
+    """Seconds that must lie between it and the next one of its service; 0 without a pace."""
+    last_slot: bool
+    """Whether the slot after its own may be another worker's."""
     send_before: float | None
     """The end of the quota window it was debited to, or None without a limit."""
     expires: float | None
     ban_episode: int
-    probe: bool
-    """Sent to learn whether a ban, a block or an illness is over."""
+    probes_egress: bool
+    """Sent to learn whether a ban or an illness of the provider is over."""
+    probes_service: bool
+    """Sent to learn whether a block of its service is over."""

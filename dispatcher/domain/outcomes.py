@@ -56,9 +56,7 @@ class Outcome:
 
 
 def _back(signal: Signal, error: str) -> Outcome:
-    return Outcome(
-        Status.PENDING, signal, error=error, counts_attempt=False, costs_quota=False
-    )
+    return Outcome(Status.PENDING, signal, error=error, counts_attempt=False, costs_quota=False)
 
 
 def _rejected(error: str, signal: Signal | None = None) -> Outcome:
@@ -134,6 +132,11 @@ def never_left(reason: str) -> Outcome:
         counts_attempt=False,
         costs_quota=False,
     )
+
+
+def refused(error: str) -> Outcome:
+    """A message that we do not send, for a reason of our own."""
+    return Outcome(Status.REJECTED, error=error, counts_attempt=False, costs_quota=False)
 
 
 RELEASED: Final = Outcome(Status.PENDING, counts_attempt=False, costs_quota=False)

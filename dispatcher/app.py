@@ -1,0 +1,355 @@
+"""Puts the parts together: starts them in order, stops them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Final
+
+import structlog
+
+from dispatcher import __version__, clock, logs, spool
+from dispatcher.breaker import Breaker
+from dispatcher.db import migrations, workers
+from dispatcher.db.listen import listen
+from dispatcher.db.pool import DatabaseClock, DatabaseLost, Session, connect
+from dispatcher.embedded import EmbeddedPostgres
+from dispatcher.lease import Lease
+from dispatcher.metrics import Metrics
+from dispatcher.provider import Provider
+from dispatcher.recorder import Recorder
+from dispatcher.rescuer import Rescuer
+from dispatcher.server import PortTaken, Server
+from dispatcher.settings import Settings
+from dispatcher.worker import Worker
+
+AGAIN: Final = 0.5
+"""Seconds between two tries to reach the database at the start."""
+
+PINGS: Final = 3
+"""Looks at the database's clock with each beat."""
+
+WRITE_BACK: Final = 1.0
+"""Seconds that the last results get at least, even when the drain time is over."""
+
+log = structlog.stdlib.get_logger()
+
+
+async def run(settings: Settings) -> int:
+    """Run one worker until SIGTERM or SIGINT; returns the exit code."""
+    logs.configure(settings.log_format, settings.log_level)
+    with _database(settings) as dsn:
+        return await App(settings, dsn).run()
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[str]:
+    """The address of the database: the one that is set, or an embedded one."""
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    with EmbeddedPostgres(settings.data_dir) as embedded:
+        log.info("database.embedded", psql=f'psql "{embedded.dsn}"')
+        yield embedded.dsn
+
+
+class DatabaseWatch:
+    """Tells the log, once each, that the database was lost and that it is back."""
+
+    def __init__(self) -> None:
+        self.away = True
+        self._told = False
+        self.returned: Callable[[], None] = lambda: None
+
+    def __call__(self, loss: str | None) -> None:
+        """Take a loss as one phrase, or a success as None."""
+        if loss is not None:
+            if not self._told:
+                log.error("database.lost", reason=loss)
+            self.away = self._told = True
+        elif self.away:
+            if self._told:
+                log.info("database.back")
+                self.returned()
+            self.away = self._told = False
+
+
+class App:
+    """One worker process."""
+
+    def __init__(self, settings: Settings, dsn: str) -> None:
+        self._settings = settings
+        self._dsn = dsn
+        # A statement must end, one way or the other, well before the lease does.
+        self._timeout = max(0.5, min(10.0, settings.lease / 3))
+        self._watch = DatabaseWatch()
+        self._stop = asyncio.Event()
+        self._metrics = Metrics()
+        self._worker: Worker | None = None
+        self._schema_current = False
+
+    async def run(self) -> int:
+        """Run until told to stop; returns the exit code."""
+        self._handle_signals()
+        async with AsyncExitStack() as stack:
+            try:
+                server = await stack.enter_async_context(
+                    Server(
+                        self._settings, dsn=self._dsn, metrics=self._metrics, unready=self._unready
+                    )
+                )
+            except PortTaken as error:
+                print(error, file=sys.stderr)
+                return 1
+            complaint = await self._wait_for_schema()
+            if complaint is not None:
+                print(complaint, file=sys.stderr)
+                return 1
+            if self._stop.is_set():
+                return 0
+            return await self._work(server)
+
+    def _handle_signals(self) -> None:
+        def handle() -> None:
+            if self._stop.is_set():
+                sys.stdout.flush()
+                os._exit(1)
+            self._stop.set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, handle)
+
+    def _unready(self) -> str | None:
+        if self._watch.away:
+            return "the database is away"
+        if not self._schema_current:
+            return "the schema is not the one this program needs"
+        if self._worker is None:
+            return "the worker starts"
+        if self._stop.is_set():
+            return "the worker stops"
+        if clock.now() - self._worker.looked_at > 10 + 2 * self._settings.poll_interval:
+            return "the worker's loop stands still"
+        return None
+
+    async def _wait_for_schema(self) -> str | None:
+        """Wait for the database; returns what is wrong with its schema, as one sentence."""
+        while not self._stop.is_set():
+            try:
+                if self._settings.database_url is None:
+                    await migrations.upgrade(self._dsn)
+                connection = await connect(
+                    self._dsn, name="dispatcher start", timeout=self._timeout
+                )
+                try:
+                    schema = await migrations.inspect(connection)
+                finally:
+                    await connection.close()
+            except migrations.SchemaAhead as error:
+                return str(error)
+            except DatabaseLost as error:
+                self._watch(str(error))
+                await _either(self._stop.wait(), AGAIN)
+                continue
+            self._watch(None)
+            self._schema_current = schema.current
+            return None if schema.current else schema.complaint
+        return None
+
+    @asynccontextmanager
+    async def _session(self, name: str) -> AsyncIterator[Session]:
+        async with Session(self._dsn, name=f"dispatcher {name}", timeout=self._timeout) as session:
+            yield session
+
+    async def _work(self, server: Server) -> int:
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            claims = await stack.enter_async_context(self._session("claim"))
+            records = await stack.enter_async_context(self._session("record"))
+            rescues = await stack.enter_async_context(self._session("rescue"))
+            beats = await stack.enter_async_context(self._session("beat"))
+            slots = await stack.enter_async_context(self._session("pace"))
+            provider = await stack.enter_async_context(
+                Provider(
+                    settings.provider_url,
+                    timeout=settings.request_timeout,
+                    keepalive=settings.keepalive,
+                    concurrency=settings.concurrency,
+                )
+            )
+            lease = Lease(settings.lease)
+            database_clock = DatabaseClock()
+            if not await self._enter(beats, lease, database_clock):
+                return 0
+            breaker = Breaker(settings)
+            worker = self._worker = Worker(
+                settings,
+                session=claims,
+                pace_session=slots,
+                database_clock=database_clock,
+                lease=lease,
+                breaker=breaker,
+                provider=provider,
+                metrics=self._metrics,
+                database=self._watch,
+            )
+            recorder = Recorder(
+                records,
+                lease.worker_id,
+                breaker,
+                self._metrics,
+                released=worker.released,
+                accepted=server.accepted,
+                database=self._watch,
+            )
+            rescuer = Rescuer(settings, rescues, self._metrics, self._watch)
+            self._watch.returned = rescuer.database_was_away
+            self._metrics.observe(in_flight=lambda: worker.in_flight, lag=lambda: recorder.lag)
+            log.info(
+                "worker.started",
+                worker_id=lease.worker_id,
+                egress=settings.egress,
+                concurrency=settings.concurrency,
+                version=__version__,
+            )
+            parts: dict[str, Awaitable[None]] = {
+                "beat": self._beat(beats, lease, database_clock, worker),
+                "listen": self._listen(worker, breaker),
+                "rescue": rescuer.run(),
+                "server": server.run(),
+            }
+            failed = await self._serve(worker, recorder, parts)
+            left = recorder.unrecorded()
+            path = spool.write(settings.data_dir, lease.worker_id, left)
+            if path is not None:
+                log.warning("spool.written", results=len(left), file=path.name)
+            try:
+                await worker.release_lost_claims()
+                await workers.leave(beats, lease.worker_id)
+            except DatabaseLost as error:
+                self._watch(str(error))
+            log.info("worker.stopped", worker_id=lease.worker_id)
+            return 1 if failed else 0
+
+    async def _enter(self, session: Session, lease: Lease, database_clock: DatabaseClock) -> bool:
+        """Take up what is spooled and enter the worker; False if told to stop before that."""
+        while not self._stop.is_set():
+            try:
+                await spool.take_up(self._settings.data_dir, session)
+                asked_at = clock.now()
+                lease.worker_id = await workers.enter(
+                    session,
+                    self._settings.egress,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    version=__version__,
+                    lease=self._settings.lease,
+                )
+                lease.renewed(asked_at)
+                await database_clock.ping(session, 2 * PINGS)
+            except DatabaseLost as error:
+                self._watch(str(error))
+                await _either(self._stop.wait(), AGAIN)
+                continue
+            self._watch(None)
+            return True
+        return False
+
+    async def _serve(
+        self, worker: Worker, recorder: Recorder, parts: dict[str, Awaitable[None]]
+    ) -> bool:
+        """Run all parts until told to stop, then drain; tells whether a part failed."""
+        failed = False
+        # Messages in flight outlive the parts: a request that has left is never cancelled.
+        async with asyncio.TaskGroup() as sends:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(_forever(part)) for part in parts.values()]
+                    working = group.create_task(worker.run(sends, recorder))
+                    recording = group.create_task(recorder.run())
+                    await self._stop.wait()
+                    log.info("worker.stopping", in_flight=worker.in_flight)
+                    worker.stop()
+                    await working
+                    await self._drain(worker, recorder, recording)
+                    for task in (*tasks, recording):
+                        task.cancel()
+            except* Exception as errors:
+                failed = True
+                for error in errors.exceptions:
+                    log.error("worker.failed", exc_info=error)
+            if failed:
+                self._stop.set()
+                worker.stop()
+                async with asyncio.TaskGroup() as group:
+                    recording = group.create_task(recorder.run())
+                    await self._drain(worker, recorder, recording)
+                    recording.cancel()
+            for message in list(worker.tasks):
+                message.cancel()
+        return failed
+
+    async def _drain(
+        self, worker: Worker, recorder: Recorder, recording: asyncio.Task[None]
+    ) -> None:
+        """Wait for what is in flight and for its results to be written, within the drain time."""
+        ends = clock.now() + self._settings.drain
+        while worker.tasks and (left := ends - clock.now()) > 0:
+            await asyncio.wait(worker.tasks, timeout=left)
+        for settled in worker.abandoned():
+            recorder.put(settled)
+        recorder.close()
+        await asyncio.wait([recording], timeout=max(WRITE_BACK, ends - clock.now()))
+
+    async def _beat(
+        self, session: Session, lease: Lease, database_clock: DatabaseClock, worker: Worker
+    ) -> None:
+        while True:
+            asked_at = clock.now()
+            try:
+                known = await workers.beat(session, lease.worker_id)
+                if not known:
+                    raise RuntimeError("this worker was deleted from the table 'worker'")
+                lease.renewed(asked_at)
+                await database_clock.ping(session, PINGS)
+                self._watch(None)
+                worker.reconcile()
+            except DatabaseLost as error:
+                self._watch(str(error))
+                await asyncio.sleep(min(AGAIN, lease.seconds / 10))
+                continue
+            await asyncio.sleep(lease.seconds / 4)
+
+    async def _listen(self, worker: Worker, breaker: Breaker) -> None:
+        def heard(payload: str) -> None:
+            kind, _, name = payload.partition(":")
+            if kind == "closed" and name == self._settings.egress:
+                breaker.shut()
+            worker.wake()
+
+        while True:
+            try:
+                await listen(self._dsn, heard, timeout=self._timeout)
+            except DatabaseLost as error:
+                self._watch(str(error))
+            await asyncio.sleep(AGAIN)
+
+
+async def _forever(part: Awaitable[None]) -> None:
+    """A part that ends by itself has failed."""
+    await part
+    raise RuntimeError("a part of the worker ended by itself")
+
+
+async def _either(event: Awaitable[object], seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event
+    except TimeoutError:
+        return

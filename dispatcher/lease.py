@@ -1,0 +1,33 @@
+"""A worker's right to send what it has claimed, as far as the worker itself can tell."""
+
+from __future__ import annotations
+
+from dispatcher import clock
+
+
+class Lease:
+    """The lease of one worker, reckoned by our clock so that it ends before the database's."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.worker_id = 0
+        self._began = 0.0
+        self._until = 0.0
+
+    def renewed(self, asked_at: float) -> None:
+        """The database has renewed it; `asked_at` is when it was asked, by our clock.
+
+        A lease that ran out before is a new one: others may have taken what was claimed under
+        the old one.
+        """
+        if asked_at >= self._until:
+            self._began = asked_at
+        self._until = asked_at + self.seconds
+
+    def valid(self) -> bool:
+        """Whether others take this worker for alive."""
+        return clock.now() < self._until
+
+    def covers(self, claimed_at: float, now: float) -> bool:
+        """Whether a claim of that time is certainly still this worker's."""
+        return claimed_at >= self._began and now < self._until

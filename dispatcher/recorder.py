@@ -1,0 +1,186 @@
+"""Recording: results go back to the outbox in batches, and none is lost while the database is away.
+
+The number of results that wait is bounded by what the worker may hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from dispatcher import clock
+from dispatcher.breaker import Breaker, Settled
+from dispatcher.db import outbox
+from dispatcher.db.pool import DatabaseLost, Session
+from dispatcher.domain.message import Status
+from dispatcher.domain.msisdn import masked
+from dispatcher.metrics import Metrics
+
+LINGER: Final = 0.01
+"""Seconds that a result waits for others to be recorded with it."""
+
+BATCH: Final = 500
+"""Results recorded by one statement at most."""
+
+AGAIN: Final = 0.25
+"""Seconds between two tries while the database is away."""
+
+EVENTS: Final = {
+    Status.ACCEPTED: "message.accepted",
+    Status.REJECTED: "message.rejected",
+    Status.UNKNOWN: "message.unknown",
+    Status.PENDING: "message.retry",
+    Status.EXPIRED: "message.expired",
+}
+
+log = structlog.stdlib.get_logger()
+
+
+class Recorder:
+    """Writes results back, each once, in the order they came."""
+
+    def __init__(
+        self,
+        session: Session,
+        worker_id: int,
+        breaker: Breaker,
+        metrics: Metrics,
+        *,
+        released: Callable[[Settled], None],
+        accepted: Callable[[], None],
+        database: Callable[[str | None], None],
+    ) -> None:
+        """`released` is told of each result that is durable, `accepted` that identifiers were
+        recorded; `database` of each loss of the database (one phrase) and each success (None)."""
+        self._session = session
+        self._worker_id = worker_id
+        self._breaker = breaker
+        self._metrics = metrics
+        self._released = released
+        self._accepted = accepted
+        self._database = database
+        self._waiting: deque[Settled] = deque()
+        self._batch: list[Settled] = []
+        self._more = asyncio.Event()
+        self._closing = False
+        self._oldest: float | None = None
+
+    @property
+    def lag(self) -> float:
+        """Seconds that the oldest result has waited to be recorded."""
+        return 0.0 if self._oldest is None else clock.now() - self._oldest
+
+    def put(self, settled: Settled) -> None:
+        """Take a result; what cannot wait takes effect now."""
+        self._breaker.learn(settled)
+        if self._oldest is None:
+            self._oldest = clock.now()
+        self._waiting.append(settled)
+        self._more.set()
+
+    def close(self) -> None:
+        """End `run` once all that was put is recorded."""
+        self._closing = True
+        self._more.set()
+
+    async def run(self) -> None:
+        """Record until closed."""
+        if self._batch:
+            await self._write()
+        while True:
+            await self._more.wait()
+            if not self._waiting:
+                if self._closing:
+                    return
+                self._more.clear()
+                continue
+            if not self._closing and len(self._waiting) < BATCH:
+                await asyncio.sleep(LINGER)
+            while self._waiting and len(self._batch) < BATCH:
+                self._batch.append(self._waiting.popleft())
+            await self._write()
+
+    def unrecorded(self) -> list[outbox.Result]:
+        """What is not known to be recorded, for the spool."""
+        return [self._result(settled) for settled in (*self._batch, *self._waiting)]
+
+    async def _write(self) -> None:
+        again = False
+        while True:
+            try:
+                await self._breaker.apply(self._session, self._batch)
+                written = await outbox.record(
+                    self._session, [self._result(settled) for settled in self._batch]
+                )
+            except DatabaseLost as error:
+                # The statement may have taken effect all the same; run again it changes nothing.
+                again = True
+                self._database(str(error))
+                await asyncio.sleep(AGAIN)
+                continue
+            break
+        self._database(None)
+        batch, self._batch = self._batch, []
+        self._oldest = clock.now() if self._waiting else None
+        if any(settled.outcome.provider_id is not None for settled in batch):
+            self._accepted()
+        for settled in batch:
+            key = (settled.message.id, settled.message.claim_no)
+            self._released(settled)
+            if key in written or again:
+                self._tell(settled, written.get(key))
+            else:
+                log.warning(
+                    "message.superseded",
+                    id=settled.message.id,
+                    service_id=settled.message.service_id,
+                    reply=settled.outcome.reply,
+                    status=settled.outcome.status,
+                )
+
+    def _tell(self, settled: Settled, accepted_after: float | None) -> None:
+        message, outcome = settled.message, settled.outcome
+        if settled.withheld and outcome.status is Status.PENDING:
+            return
+        self._metrics.outcome(
+            message.service_id,
+            outcome.status.value,
+            _answer(settled),
+            settled.seconds if settled.left_at is not None else None,
+        )
+        if accepted_after is not None:
+            self._metrics.insert_to_accepted(accepted_after)
+        log.info(
+            EVENTS[outcome.status],
+            id=message.id,
+            service_id=message.service_id,
+            msisdn=masked(message.msisdn),
+            reply=outcome.reply,
+            provider_id=outcome.provider_id,
+            attempt=message.attempt,
+            latency_ms=round(settled.seconds * 1000, 1),
+            error=outcome.error,
+        )
+
+    def _result(self, settled: Settled) -> outbox.Result:
+        return outbox.Result(
+            settled.message.id,
+            settled.message.claim_no,
+            self._worker_id,
+            settled.message.service_id,
+            settled.outcome,
+            settled.retry_in,
+            settled.failed,
+            None if settled.left_at is None else clock.now() - settled.left_at,
+            settled.seconds,
+        )
+
+
+def _answer(settled: Settled) -> str:
+    if settled.answered:
+        return (settled.outcome.reply or "").partition(":")[0]
+    return "in doubt" if settled.outcome.in_doubt else "never left"

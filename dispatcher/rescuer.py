@@ -1,0 +1,94 @@
+"""What nobody else sees to: rows of workers that are gone, what ran out, what goes again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from dispatcher import clock
+from dispatcher.db import outbox, workers
+from dispatcher.db.pool import DatabaseLost, Record, Session
+from dispatcher.domain.msisdn import masked
+from dispatcher.metrics import Metrics
+from dispatcher.settings import Settings
+
+FORGET: Final = 3600.0
+"""Seconds between two looks for workers to forget."""
+
+log = structlog.stdlib.get_logger()
+
+
+class Rescuer:
+    """Goes round at the pace that each of its duties needs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        session: Session,
+        metrics: Metrics,
+        database: Callable[[str | None], None],
+    ) -> None:
+        self._settings = settings
+        self._session = session
+        self._metrics = metrics
+        self._database = database
+        self._rescue_at = 0.0
+        self._retry_at = 0.0
+        self._forget_at = 0.0
+
+    def database_was_away(self) -> None:
+        """Give the others a whole lease to beat again, before their rows are taken."""
+        self._rescue_at = clock.now() + self._settings.lease
+
+    async def run(self) -> None:
+        """Go round until cancelled."""
+        while True:
+            try:
+                await self._round()
+                self._database(None)
+            except DatabaseLost as error:
+                self._database(str(error))
+            await asyncio.sleep(min(1.0, self._settings.poll_interval, self._settings.lease / 6))
+
+    async def _round(self) -> None:
+        for row in await outbox.expire(self._session):
+            self._tell("message.expired", row)
+        now = clock.now()
+        if now >= self._retry_at:
+            self._retry_at = now + min(5.0, max(0.2, self._settings.unknown_retry_after / 4))
+            for row in await outbox.retry_unknown(
+                self._session, self._settings.unknown_retry_after
+            ):
+                self._tell("message.retry", row)
+        if now >= self._rescue_at:
+            self._rescue_at = now + self._settings.lease / 6
+            await self._rescue()
+        if now >= self._forget_at:
+            self._forget_at = now + FORGET
+            await workers.forget(self._session)
+
+    async def _rescue(self) -> None:
+        rows = await outbox.rescue(self._session)
+        for worker_id, messages in Counter(row["worker_id"] for row in rows).items():
+            log.warning("worker.rescued", worker_id=worker_id, messages=messages)
+            self._metrics.rescued(messages)
+        for row in rows:
+            self._tell("message.unknown", row)
+
+    def _tell(self, event: str, row: Record) -> None:
+        self._metrics.outcome(row["service_id"], row["status"], "not sent", None)
+        log.info(
+            event,
+            id=row["id"],
+            service_id=row["service_id"],
+            msisdn=masked(row["msisdn"]),
+            reply=row["reply"],
+            provider_id=None,
+            attempt=row["attempts"],
+            latency_ms=None,
+            error=row["error"],
+        )

@@ -1,0 +1,94 @@
+"""Results on disk: what a worker knew when it had to stop and the database was away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from dispatcher.db import outbox
+from dispatcher.db.pool import Session
+from dispatcher.domain.message import Status
+from dispatcher.domain.outcomes import Outcome
+
+BATCH: Final = 500
+
+log = structlog.stdlib.get_logger()
+
+
+def write(data_dir: Path, worker_id: int, results: Sequence[outbox.Result]) -> Path | None:
+    """Write results durably, one JSON object a line; None if there are none. Raises OSError."""
+    if not results:
+        return None
+    folder = data_dir / "spool"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{worker_id}-{os.getpid()}.jsonl"
+    with path.open("ab") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.writelines(orjson.dumps(_flat(result)) + b"\n" for result in results)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+    return path
+
+
+async def take_up(data_dir: Path, session: Session) -> int:
+    """Record what earlier runs left behind, then remove it; returns how many results were new.
+
+    Raises DatabaseLost; what was not recorded stays.
+    """
+    recorded = 0
+    for path in sorted((data_dir / "spool").glob("*.jsonl")):
+        results = list(_read(path))
+        for start in range(0, len(results), BATCH):
+            recorded += len(await outbox.record(session, results[start : start + BATCH]))
+        path.unlink(missing_ok=True)
+        log.info("spool.taken_up", results=len(results), recorded=recorded)
+    return recorded
+
+
+def _flat(result: outbox.Result) -> dict[str, Any]:
+    flat = asdict(result)
+    outcome = flat.pop("outcome")
+    del outcome["signal"]  # its effect is for a moment that is over when this is read
+    return flat | outcome
+
+
+def _read(path: Path) -> Iterable[outbox.Result]:
+    """The results in a file; a line that a crash tore, or that is no result, is told and left."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            flat = orjson.loads(line)
+            yield outbox.Result(
+                id=int(flat["id"]),
+                claim_no=int(flat["claim_no"]),
+                worker_id=int(flat["worker_id"]),
+                service_id=int(flat["service_id"]),
+                outcome=Outcome(
+                    Status(flat["status"]),
+                    reply=flat.get("reply"),
+                    provider_id=flat.get("provider_id"),
+                    error=flat.get("error"),
+                    counts_attempt=bool(flat.get("counts_attempt", True)),
+                    costs_quota=bool(flat.get("costs_quota", True)),
+                ),
+                retry_in=flat.get("retry_in"),
+                failed=bool(flat.get("failed", False)),
+                sent_ago=flat.get("sent_ago"),
+                seconds=float(flat.get("seconds", 0.0)),
+            )
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            log.error("spool.torn", file=path.name, line=number)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,561 @@
+"""The worker: claim -> pace -> send -> classify -> record, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from random import random
+from typing import Final
+
+import structlog
+
+from dispatcher import clock
+from dispatcher.breaker import Breaker, Settled
+from dispatcher.db import egress, outbox, quota, services, workers
+from dispatcher.db.pool import DatabaseClock, DatabaseLost, Record, Session
+from dispatcher.domain import outcomes
+from dispatcher.domain.message import Message, Status
+from dispatcher.domain.msisdn import masked, normalise
+from dispatcher.domain.retry import message_delay
+from dispatcher.domain.sharing import share
+from dispatcher.lease import Lease
+from dispatcher.metrics import Metrics
+from dispatcher.pacing import APPROACH, Pacer, Slot, until
+from dispatcher.provider import Answer, InDoubt, NeverLeft, Provider, Reply
+from dispatcher.recorder import EVENTS, Recorder
+from dispatcher.settings import Settings
+
+LINGER: Final = 0.02
+"""Seconds that a few free places wait for more, so that one claim serves them all."""
+
+AHEAD: Final = 0.03
+"""Seconds of sending that are claimed ahead, so that no place waits for a claim."""
+
+POISONED: Final = 3
+"""How often a message may make our own code fail before it is refused."""
+
+BUSY: Final = 1.0
+"""Seconds of unbroken work after which inserts need not wake this worker."""
+
+FAILING: Final = 60.0
+"""Seconds for which a service is left alone whose rows make the claim fail."""
+
+LOOK_AGAIN: Final = 0.25
+"""Seconds between two tries while the database or the lease is lost."""
+
+STOPPING: Final = "the worker stops"
+SHUT: Final = "the egress is closed"
+LEASE_LOST: Final = "the lease has run out"
+WINDOW_OVER: Final = "its quota window is over"
+OVERDUE: Final = "its expires_at has passed"
+PACE_LOST: Final = "it missed its slot"
+
+log = structlog.stdlib.get_logger()
+
+
+class Worker:
+    """Moves messages from the outbox to the provider, as many at once as may be."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        session: Session,
+        pace_session: Session,
+        database_clock: DatabaseClock,
+        lease: Lease,
+        breaker: Breaker,
+        provider: Provider,
+        metrics: Metrics,
+        database: Callable[[str | None], None],
+    ) -> None:
+        """`database` is told of each loss of the database (one phrase) and each success (None)."""
+        self._settings = settings
+        self._session = session
+        self._pace_session = pace_session
+        self._clock = database_clock
+        self._lease = lease
+        self._breaker = breaker
+        self._provider = provider
+        self._metrics = metrics
+        self._database = database
+        self._pacer = Pacer(self._reserve)
+        self._places = asyncio.Semaphore(settings.concurrency)
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._survey_at = 0.0
+        self._busy_since: float | None = None
+        self._idle = False
+        self._active: set[int] = set()
+        self._probes: set[int] = set()
+        self._later: dict[int, float] = {}
+        self._quarantine: dict[int, float] = {}
+        self._spent: dict[tuple[int, str], float] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        """The messages in flight or waiting for their slot."""
+        self.held: dict[tuple[int, int], Message] = {}
+        """Claimed and not yet recorded."""
+        self._held_by_service: Counter[int] = Counter()
+        self._sending: dict[tuple[int, int], Message] = {}
+        self._awaiting_slot = 0
+        self._answered = 0
+        self._rate = 0.0
+        self._rated_at = clock.now()
+        self._linger_until: float | None = None
+        self._reclaim_due = False
+        self.looked_at = clock.now()
+        """When the loop last went round, by our clock."""
+
+    @property
+    def in_flight(self) -> int:
+        """Messages whose outcome is not known yet."""
+        return len(self._sending)
+
+    def wake(self) -> None:
+        """Look at the outbox now."""
+        self._survey_at = 0.0
+        self._wake.set()
+
+    def reconcile(self) -> None:
+        """Look for claims whose answer was lost, before the next claim."""
+        self._reclaim_due = True
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Claim nothing more and let nothing leave that has not left."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self, group: asyncio.TaskGroup, recorder: Recorder) -> None:
+        """Claim until told to stop; each message is a task of the group."""
+        self._group = group
+        self._recorder = recorder
+        while not self._stopping:
+            self.looked_at = clock.now()
+            self._wake.clear()
+            try:
+                again = await self._round() or await self._fall_idle()
+                self._database(None)
+            except DatabaseLost as error:
+                self._database(str(error))
+                self._reclaim_due = True
+                self._survey_at = 0.0
+                again = False
+            if not again and not self._stopping:
+                await self._rest()
+
+    async def _fall_idle(self) -> bool:
+        """Have inserts wake this worker, unless it has been busy; tells whether to look again."""
+        now = clock.now()
+        if self._active:
+            self._busy_since = self._busy_since or now
+        else:
+            self._busy_since = None
+        idle = self._busy_since is None or now - self._busy_since < BUSY
+        if idle == self._idle:
+            return False
+        await workers.set_idle(self._session, self._lease.worker_id, idle=idle)
+        self._idle = idle
+        # What was inserted just before said nothing.
+        self._survey_at = 0.0 if idle else self._survey_at
+        return idle
+
+    async def _rest(self) -> None:
+        now = clock.now()
+        moments = [now + LOOK_AGAIN, *self._later.values()]
+        if self._linger_until is not None:
+            moments.append(self._linger_until)
+        for moment in (
+            self._survey_at,
+            self._breaker.probe_at,
+            self._breaker.unreachable_until,
+        ):
+            if moment is not None and moment > now:
+                moments.append(moment)
+        if self._survey_at > now:
+            moments.pop(0)
+        try:
+            async with asyncio.timeout(max(0.001, min(moments) - now)):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    async def _round(self) -> bool:
+        """One look at the outbox; tells whether to look again at once."""
+        if not self._lease.valid():
+            return False
+        if self._reclaim_due:
+            await self.release_lost_claims()
+        now = clock.now()
+        for service in [s for s, at in self._later.items() if at <= now]:
+            del self._later[service]
+            self._active.add(service)
+        if now >= self._survey_at:
+            await self._survey()
+        if not self._breaker.open:
+            self._active.clear()
+            return await self._probe_egress()
+        for service in list(self._probes):
+            self._probes.discard(service)
+            if self._free() > 0 and await services.take_probe(
+                self._session,
+                service,
+                self._settings.egress,
+                max(self._settings.probe_interval, self._request_at_most()),
+            ):
+                log.info("service.probing", service_id=service)
+                await self._claim({service: 1}, probe_service=True)
+        return await self._claim_shares()
+
+    def _request_at_most(self) -> float:
+        return self._settings.request_timeout + self._settings.lease
+
+    async def _claim_shares(self) -> bool:
+        free = self._free()
+        unreachable = self._breaker.unreachable_until
+        if unreachable is not None:
+            if clock.now() < unreachable or self._sending:
+                return False
+            free = min(free, 1)
+        if not self._active or free <= 0:
+            return False
+        enough = max(1, self._settings.concurrency // 2)
+        if free < enough and self._sending and unreachable is None:
+            now = clock.now()
+            if self._linger_until is None:
+                self._linger_until = now + LINGER
+            if now < self._linger_until:
+                return False
+        self._linger_until = None
+        asked = share(free, {s: self._held_by_service[s] for s in sorted(self._active)})
+        await self._claim(asked)
+        return unreachable is None and bool(self._active)
+
+    def _free(self) -> int:
+        """How many messages may be claimed now."""
+        now = clock.now()
+        if now - self._rated_at >= 0.1:
+            self._rate = self._answered / (now - self._rated_at)
+            self._answered, self._rated_at = 0, now
+        most = self._settings.concurrency
+        ahead = min(most // 2, int(self._rate * AHEAD))
+        return min(
+            most + ahead - (len(self._sending) - self._awaiting_slot),
+            2 * most - len(self.held),
+        )
+
+    async def _survey(self) -> None:
+        """Learn which services have work, and how the egress stands."""
+        self._survey_at = clock.now() + self._settings.poll_interval
+        self._breaker.know(await egress.state(self._session, self._settings.egress))
+        found = await outbox.waiting(self._session, self._settings.egress)
+        now = clock.now()
+        self._quarantine = {s: at for s, at in self._quarantine.items() if at > now}
+        found = [w for w in found if w.service_id not in self._quarantine]
+        closed = [w.service_id for w in found if not w.windows_open]
+        if closed:
+            await quota.open_windows(self._session, closed)
+        self._active = {w.service_id for w in found if w.may_send} - self._later.keys()
+        self._probes = {w.service_id for w in found if w.probe_due}
+
+    async def _probe_egress(self) -> bool:
+        probe_at = self._breaker.probe_at
+        if probe_at is None or probe_at > clock.now() or self._free() <= 0:
+            return False
+        candidates = [
+            w.service_id
+            for w in await outbox.waiting(self._session, self._settings.egress)
+            if w.may_send or w.probe_due
+        ]
+        if not candidates or not await egress.take_probe(
+            self._session, self._settings.egress, self._request_at_most()
+        ):
+            self._survey_at = min(self._survey_at, clock.now() + self._settings.poll_interval)
+            self._breaker.know(await egress.state(self._session, self._settings.egress))
+            return False
+        log.info("egress.probing", egress=self._settings.egress)
+        for service in candidates:
+            before = len(self.held)
+            await self._claim({service: 1}, probe_egress=True, probe_service=True)
+            if len(self.held) > before:
+                break
+        else:
+            await egress.return_probe(self._session, self._settings.egress)
+        self._breaker.know(await egress.state(self._session, self._settings.egress))
+        return False
+
+    async def _claim(
+        self, asked: dict[int, int], *, probe_egress: bool = False, probe_service: bool = False
+    ) -> None:
+        began = clock.now()
+        try:
+            claim = await outbox.claim(
+                self._session,
+                self._lease.worker_id,
+                asked,
+                probe_egress=probe_egress,
+                probe_service=probe_service,
+            )
+        except outbox.ClaimRefused as error:
+            await self._isolate(asked, error)
+            return
+        except DatabaseLost:
+            self._reclaim_due = True
+            raise
+        last_slot = {row["service_id"]: row["id"] for row in claim.sending}
+        for row in claim.sending:
+            self._begin(
+                self._message(
+                    row,
+                    began,
+                    last_slot=last_slot[row["service_id"]] == row["id"],
+                    probe_egress=probe_egress,
+                    probe_service=probe_service,
+                )
+            )
+        for row in claim.refused:
+            self._tell_refused(row)
+        if claim.unread:
+            await self._read_numbers(claim.unread)
+        got = Counter(
+            row["service_id"]
+            for rows in (claim.sending, claim.refused, claim.unread)
+            for row in rows
+        )
+        seen = set()
+        for row in claim.services:
+            service = row["service_id"]
+            seen.add(service)
+            if got[service] >= asked[service]:
+                continue
+            self._active.discard(service)
+            if row["slots_short"]:
+                self._later[service] = self._clock.local(row["slot"]) - outbox.HORIZON / 2
+            if row["spent"] is not None:
+                self._tell_spent(service, row["spent"], row["send_before"])
+        self._active.difference_update(asked.keys() - seen)
+
+    async def _isolate(self, asked: dict[int, int], error: outbox.ClaimRefused) -> None:
+        """Find the service whose rows make the claim fail, and leave it alone for a while."""
+        if len(asked) > 1:
+            for service, places in asked.items():
+                await self._claim({service: places})
+            return
+        (service,) = asked
+        log.error("service.failed", service_id=service, sqlstate=error.sqlstate)
+        self._active.discard(service)
+        self._quarantine[service] = clock.now() + FAILING
+
+    def _message(
+        self,
+        row: Record,
+        began: float,
+        *,
+        last_slot: bool,
+        probe_egress: bool,
+        probe_service: bool,
+    ) -> Message:
+        local = self._clock.local
+        return Message(
+            id=row["id"],
+            claim_no=row["claim_no"],
+            service_id=row["service_id"],
+            user_id=row["user_id"],
+            msisdn=row["number"],
+            text=row["text"],
+            extended=row["extended"],
+            attempt=row["attempts"] + 1,
+            failures=row["failures"],
+            claimed_at=began,
+            slot=None if row["slot"] is None else local(row["slot"]),
+            delay=row["delay"] or 0.0,
+            last_slot=last_slot,
+            send_before=None if row["send_before"] is None else local(row["send_before"]),
+            expires=None if row["expires"] is None else local(row["expires"]),
+            ban_episode=row["ban_episode"],
+            probes_egress=probe_egress,
+            probes_service=probe_service,
+        )
+
+    def _begin(self, message: Message) -> None:
+        key = (message.id, message.claim_no)
+        self.held[key] = self._sending[key] = message
+        self._held_by_service[message.service_id] += 1
+        task = self._group.create_task(self._send(message))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _send(self, message: Message) -> None:
+        key = (message.id, message.claim_no)
+        slot = None
+        if message.slot is not None:
+            slot = Slot(message.service_id, message.slot, message.delay, last=message.last_slot)
+            self._awaiting_slot += 1
+            try:
+                await until(message.slot - APPROACH)
+            finally:
+                self._awaiting_slot -= 1
+        async with self._places:
+            try:
+                reply = await self._provider.send(
+                    user_id=message.user_id,
+                    service_id=message.service_id,
+                    msisdn=message.msisdn,
+                    text=message.text,
+                    extended=message.extended,
+                    check=partial(self._refusal, message, slot),
+                    wait=None if slot is None else partial(self._pacer.wait, slot),
+                )
+            except Exception as error:
+                settled = self._poisoned(message, error)
+            else:
+                settled = self._settled(message, reply)
+        if self._sending.pop(key, None) is None:
+            return  # abandoned at the end of the drain time, and told so
+        self._answered += 1
+        self._recorder.put(settled)
+        if self._active and not self._wake.is_set():
+            self._wake.set()
+
+    def _refusal(self, message: Message, slot: Slot | None) -> str | None:
+        """Why a message may not leave now; asked directly before its first byte would."""
+        now = clock.now()
+        if self._stopping:
+            return STOPPING
+        if not self._breaker.open and not message.probes_egress:
+            return SHUT
+        if not self._lease.covers(message.claimed_at, now):
+            return LEASE_LOST
+        if message.send_before is not None and now >= message.send_before:
+            return WINDOW_OVER
+        if message.expires is not None and now >= message.expires:
+            return OVERDUE
+        if slot is not None and slot.lost:
+            return PACE_LOST
+        return None
+
+    def _settled(self, message: Message, reply: Reply) -> Settled:
+        match reply:
+            case Answer(status=status, body=body, seconds=seconds):
+                outcome = outcomes.classify(status, body)
+                return Settled(
+                    message,
+                    outcome,
+                    answered=not outcome.in_doubt,
+                    left_at=clock.now() - seconds,
+                    seconds=seconds,
+                )
+            case InDoubt(reason=reason, seconds=seconds):
+                return Settled(
+                    message,
+                    outcomes.doubt(f"No answer came ({reason})."),
+                    answered=False,
+                    left_at=clock.now() - seconds,
+                    seconds=seconds,
+                )
+            case NeverLeft(reason=reason, withheld=True):
+                return Settled(
+                    message,
+                    outcomes.EXPIRED if reason == OVERDUE else outcomes.RELEASED,
+                    answered=False,
+                    withheld=True,
+                )
+            case NeverLeft(reason=reason):
+                return Settled(
+                    message,
+                    outcomes.never_left(reason),
+                    answered=False,
+                    failed=True,
+                    retry_in=message_delay(message.failures + 1, random()),
+                )
+
+    def _poisoned(self, message: Message, error: Exception) -> Settled:
+        """A message that makes our own code fail must not stop the others, nor go round for ever.
+
+        The client raises only before the first byte, so it certainly did not leave.
+        """
+        log.error("message.failed", id=message.id, service_id=message.service_id, exc_info=error)
+        if message.failures + 1 >= POISONED:
+            reason = f"The dispatcher itself failed on it ({type(error).__name__}); see its log."
+            return Settled(message, outcomes.refused(reason), answered=False)
+        return Settled(
+            message,
+            outcomes.never_left(f"the dispatcher itself failed: {type(error).__name__}"),
+            answered=False,
+            failed=True,
+            retry_in=message_delay(message.failures + 1, random()),
+        )
+
+    def abandoned(self) -> list[Settled]:
+        """What is still in flight when the drain time is over: in doubt, for its answer is lost."""
+        return [
+            Settled(
+                message,
+                outcomes.doubt("The worker stopped before an answer came."),
+                answered=False,
+            )
+            for message in self._sending.values()
+        ]
+
+    def released(self, settled: Settled) -> None:
+        """A result is durable: its message is held no more."""
+        message = settled.message
+        if self.held.pop((message.id, message.claim_no), None) is not None:
+            self._held_by_service[message.service_id] -= 1
+            if not self._held_by_service[message.service_id]:
+                del self._held_by_service[message.service_id]
+        if self._active:
+            self._wake.set()
+
+    async def release_lost_claims(self) -> None:
+        """Give back what the database says we hold and we do not: the claim's answer was lost."""
+        rows = await outbox.held(self._session, self._lease.worker_id)
+        lost = [row for row in rows if (row["id"], row["claim_no"]) not in self.held]
+        if lost:
+            await outbox.record(
+                self._session,
+                [
+                    outbox.Result(
+                        row["id"],
+                        row["claim_no"],
+                        self._lease.worker_id,
+                        row["service_id"],
+                        outcomes.RELEASED,
+                    )
+                    for row in lost
+                ],
+            )
+            log.warning("claim.returned", messages=len(lost))
+        self._reclaim_due = False
+
+    async def _read_numbers(self, rows: list[Record]) -> None:
+        region = self._settings.region
+        numbers = {row["id"]: normalise(row["msisdn"], region) for row in rows}
+        for row in await outbox.read_numbers(self._session, numbers):
+            self._tell_refused(row)
+
+    def _tell_refused(self, row: Record) -> None:
+        status = Status(row["status"])
+        self._metrics.outcome(row["service_id"], status.value, "not sent", None)
+        log.info(
+            EVENTS[status],
+            id=row["id"],
+            service_id=row["service_id"],
+            msisdn=masked(row["msisdn"]),
+            reply=None,
+            provider_id=None,
+            attempt=row["attempts"],
+            latency_ms=None,
+            error=row["error"],
+        )
+
+    def _tell_spent(self, service: int, period: str, until_epoch: float) -> None:
+        """Say once a window that a service's own count has reached the limit."""
+        if self._spent.get((service, period)) != until_epoch:
+            self._spent[service, period] = until_epoch
+            log.warning("quota.exhausted", service_id=service, period=period, told_by="own count")
+
+    async def _reserve(self, service_id: int) -> float:
+        return self._clock.local(await services.reserve(self._pace_session, service_id))
