@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import NamedTuple, TypedDict
 
 from dispatcher.simulator.faults import Fault
@@ -134,8 +135,9 @@ class _Service:
 class Received:
     """The record of all requests for a message.
 
-    Memory grows with distinct messages (about 400 bytes each), so that 'once' can be proved over
-    a whole run; the log keeps the newest `log_size` requests.
+    Memory grows with distinct messages, by less than a kilobyte each, so that 'once' can be
+    proved over a whole run; the log keeps the newest `log_size` requests. A summary costs the
+    same however much was received, so that asking for it does not hold up a fast run.
     """
 
     def __init__(self, log_size: int) -> None:
@@ -143,7 +145,10 @@ class Received:
         self.malformed = 0
         self._answers: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
+        self._accepted = 0
+        self._repeated = 0
         self._tallies: dict[Message, _Tally] = {}
+        self._doubles: dict[Message, _Tally] = {}
         self._services: dict[str, _Service] = {}
         self._log: deque[Entry] = deque(maxlen=log_size)
 
@@ -155,6 +160,8 @@ class Received:
         if tally is None:
             tally = self._tallies[key] = _Tally()
         tally.requests += 1
+        if tally.requests == 2:
+            self._repeated += 1
         return tally.requests
 
     def end(
@@ -169,7 +176,8 @@ class Received:
         now: float,
     ) -> None:
         """Record what became of a request: the rules' answer and its line, None if swallowed."""
-        tally = self._tallies[request.service_id, request.msisdn, request.text]
+        key = (request.service_id, request.msisdn, request.text)
+        tally = self._tallies[key]
         if fault is not None:
             self._faults[fault] += 1
         else:
@@ -184,26 +192,25 @@ class Received:
             service.requests.note(now)
             if answer is Answer.MSG_OK:
                 tally.accepted += 1
+                self._accepted += 1
                 service.accepted.note(now)
+        if tally.accepted + tally.swallowed > 1:
+            self._doubles[key] = tally
         self._log.append(Entry(self.requests, wall, now, ip, request, line, fault))
 
     def summary(self) -> Summary:
         """The state of things now."""
-        doubles = [
-            _message(key, tally)
-            for key, tally in self._tallies.items()
-            if tally.accepted + tally.swallowed > 1
-        ]
+        shown = islice(self._doubles.items(), DOUBLES_SHOWN)
         return {
             "requests": self.requests,
             "malformed": self.malformed,
-            "accepted": sum(tally.accepted for tally in self._tallies.values()),
+            "accepted": self._accepted,
             "answers": dict(self._answers),
             "faults": dict(self._faults),
             "messages": len(self._tallies),
-            "repeated": sum(tally.requests > 1 for tally in self._tallies.values()),
-            "received_twice": len(doubles),
-            "doubles": doubles[:DOUBLES_SHOWN],
+            "repeated": self._repeated,
+            "received_twice": len(self._doubles),
+            "doubles": [_message(key, tally) for key, tally in shown],
             "services": {name: service.summary() for name, service in self._services.items()},
         }
 

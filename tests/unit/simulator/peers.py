@@ -98,7 +98,8 @@ class Script:
         await self.gate.wait()
         self.at_once -= 1
         self.reports.append((request.query["sms_id"], request.query["status"]))
-        return web.Response(status=self.answers.pop(0) if self.answers else 200, text="OK")
+        status = self.answers.pop(0) if self.answers else 200
+        return web.Response(status=status, text="OK", headers={"Location": str(request.url)})
 
 
 Connect = Callable[..., Awaitable[RawClient]]
