@@ -107,8 +107,19 @@ async def connection(database: str) -> "AsyncIterator[asyncpg.Connection[asyncpg
 
 
 @pytest.fixture
-def durable_postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
+def data_dir() -> Iterator[Path]:
+    """A directory for a server of the test's own.
+
+    Not under `tmp_path`: run by root, pytest closes the way to it to PostgreSQL's user whenever
+    another run starts.
+    """
+    with tempfile.TemporaryDirectory(prefix="dispatcher-test-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def durable_postgres(data_dir: Path) -> Iterator[EmbeddedPostgres]:
     """A server for this test alone, migrated and as durable as in earnest, to be killed."""
-    with EmbeddedPostgres(tmp_path) as server:
+    with EmbeddedPostgres(data_dir) as server:
         asyncio.run(migrations.upgrade(server.dsn))
         yield server
