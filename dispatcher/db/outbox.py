@@ -160,7 +160,9 @@ allowed AS MATERIALIZED (
     FROM locked l
     JOIN asked a USING (service_id)
     CROSS JOIN LATERAL (
-        SELECT least(l.day_left, l.week_left, l.month_left) AS quota_left, CASE WHEN l.delay IS NOT NULL THEN floor(greatest(-1, extract(
+        SELECT
+            least(l.day_left, l.week_left, l.month_left) AS quota_left,
+            CASE WHEN l.delay IS NOT NULL THEN floor(greatest(-1, extract(
             epoch FROM a.now + make_interval(secs => $6) - l.first_slot)::float8 / l.step
         ))::integer + 1 END AS slots
     ) s
