@@ -90,8 +90,8 @@ def test_data_stays_between_runs(data_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["with space", "comma,comma", "'quotes\"`$(exit)", "имe", "long" * 40],
-    ids=["space", "comma", "shell", "cyrillic", "long"],
+    ["space and, comma", "'quotes\"`$(exit) име", "long" * 40],
+    ids=["split", "shell", "long"],
 )
 def test_any_path_will_do(data_dir: Path, name: str) -> None:
     """asyncpg and psql connect with the same string, whatever the path looks like."""
