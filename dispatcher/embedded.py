@@ -42,7 +42,7 @@ _SETTINGS = (
 )
 
 
-class EmbeddedUnavailable(Exception):  # noqa: N818 - it says what is the matter, as sentences do
+class EmbeddedUnavailable(Exception):
     """The embedded PostgreSQL cannot be used; its message is one sentence for people."""
 
 
