@@ -101,7 +101,8 @@ def decode(query: str) -> dict[str, str] | None:
 
 def _text(encoded: str) -> str:
     # What stands between escapes is ASCII, so no character spans two runs of them.
-    return _ESCAPES.sub(_unescape, encoded.replace("+", " "))
+    spaced = encoded.replace("+", " ")
+    return _ESCAPES.sub(_unescape, spaced) if "%" in spaced else spaced
 
 
 def _unescape(run: re.Match[str]) -> str:
