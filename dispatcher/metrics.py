@@ -19,16 +19,18 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.registry import Collector
 
-__all__ = ["CONTENT_TYPE", "GAUGES", "Metrics", "Sample"]
+__all__ = ["CONTENT_TYPE", "GAUGES", "NOT_SENT", "Metrics", "Sample"]
 
 # One more series for each counter, which only OpenMetrics reads.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the library left it so
 
 _REQUEST: Final = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30)
 _WAIT: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 900, 3600, 21_600, 86_400)
 _DELIVERY: Final = (1, 2.5, 5, 10, 15, 20, 30, 45, 60, 120, 300, 900, 3600, 21_600, 86_400)
-_WRITE: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300)
 """Upper bounds of the histograms' buckets, in seconds."""
+
+NOT_SENT: Final = "not sent"
+"""In the place of an answer: the outcome took no request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +150,6 @@ class Metrics:
             buckets=_DELIVERY,
             registry=registry,
         )
-        self._writeback = Histogram(
-            "dispatcher_writeback_seconds",
-            "From a whole answer to its durable record.",
-            buckets=_WRITE,
-            registry=registry,
-        )
         self._in_flight = Gauge(
             "dispatcher_in_flight", "Requests under way from this process.", registry=registry
         )
@@ -162,9 +158,14 @@ class Metrics:
             "Age of the oldest answer that is not recorded yet.",
             registry=registry,
         )
-        self._rescued = Counter(
+        self._rescued_workers = Counter(
             "dispatcher_rescued_workers",
             "Workers that were gone and whose messages this process took over.",
+            registry=registry,
+        )
+        self._rescued_messages = Counter(
+            "dispatcher_rescued_messages",
+            "Messages in doubt because the worker that held them was gone.",
             registry=registry,
         )
         self._reports = Counter(
@@ -191,9 +192,9 @@ class Metrics:
     def outcome(self, service_id: int, status: str, answer: str, seconds: float | None) -> None:
         """Count a recorded outcome, and its request if there was one.
 
-        `answer`: the word answered, without an identifier, or 'in doubt' or 'never left'; empty
-        for an outcome that needed no request. `seconds`: how long the request was under way, None
-        if not one byte left.
+        `answer`: the word answered, without an identifier, or 'in doubt' or 'never left', or
+        `NOT_SENT` for an outcome that took no request. `seconds`: how long the request was under
+        way, None if not one byte left.
         """
         try:
             message = self._by_outcome[service_id, status]
@@ -201,7 +202,7 @@ class Metrics:
             message = self._messages.labels(str(service_id), status)
             self._by_outcome[service_id, status] = message
         message.inc()
-        if not answer:
+        if answer == NOT_SENT:
             return
         try:
             request = self._by_answer[answer]
@@ -219,13 +220,10 @@ class Metrics:
         """Note how long a message took from its acceptance to the handset."""
         self._accepted_to_delivered.observe(seconds)
 
-    def written_back(self, seconds: float) -> None:
-        """Note how long an answer waited for its record."""
-        self._writeback.observe(seconds)
-
-    def rescued(self, workers: int) -> None:
-        """Count workers whose messages were taken over."""
-        self._rescued.inc(workers)
+    def rescued(self, messages: int) -> None:
+        """Count a worker that was gone, and the messages that were taken from it."""
+        self._rescued_workers.inc()
+        self._rescued_messages.inc(messages)
 
     def report(self, status: str | None, *, matched: bool) -> None:
         """Count a stored delivery report; `status` None for a word that is not known."""
@@ -241,11 +239,13 @@ class Metrics:
         """Count a delivery report that was not taken."""
         self._refused.labels(reason).inc()
 
-    def watch(self, *, in_flight: Callable[[], float], writeback_lag: Callable[[], float]) -> None:
-        """Say what to ask at each scrape: requests under way, age in seconds of the oldest answer
-        that is not recorded."""
+    def observe(self, *, in_flight: Callable[[], float], lag: Callable[[], float]) -> None:
+        """Say what to ask at each scrape.
+
+        `in_flight`: requests under way. `lag`: age in seconds of the oldest unrecorded answer.
+        """
         self._in_flight.set_function(in_flight)
-        self._writeback_lag.set_function(writeback_lag)
+        self._writeback_lag.set_function(lag)
 
     def render(self, gauges: Sequence[Sample] | None) -> bytes:
         """Everything in Prometheus's text format; `gauges` None while the database is away."""

@@ -24,7 +24,7 @@ IDLE: Final = 15.0
 log = structlog.get_logger()
 
 
-class PortTaken(Exception):
+class PortTaken(Exception):  # noqa: N818 - it says what is the matter
     """The server cannot listen; the text is one sentence that names the setting."""
 
 
