@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from dispatcher import __version__, clock, logs, spool
+from dispatcher import __version__, clock, logs, spool, supervisor
 from dispatcher.breaker import Breaker
 from dispatcher.db import migrations, workers
 from dispatcher.db.listen import listen
@@ -33,6 +33,13 @@ AGAIN: Final = 0.5
 
 PINGS: Final = 3
 """Looks at the database's clock with each beat."""
+
+STANDS_STILL: Final = 30.0
+"""Seconds, beyond the poll interval, after which a worker that did not look at the outbox hangs;
+a statement that waits for its timeout is no hang."""
+
+WATCHDOG: Final = 5.0
+"""Seconds between two signs of life for the supervisor."""
 
 WRITE_BACK: Final = 1.0
 """Seconds that the last results get at least, even when the drain time is over."""
@@ -104,11 +111,11 @@ class App:
                     )
                 )
             except PortTaken as error:
-                print(error, file=sys.stderr)
+                sys.stderr.write(f"{error}\n")
                 return 1
             complaint = await self._wait_for_schema()
             if complaint is not None:
-                print(complaint, file=sys.stderr)
+                sys.stderr.write(f"{complaint}\n")
                 return 1
             if self._stop.is_set():
                 return 0
@@ -134,7 +141,7 @@ class App:
             return "the worker starts"
         if self._stop.is_set():
             return "the worker stops"
-        if clock.now() - self._worker.looked_at > 10 + 2 * self._settings.poll_interval:
+        if clock.now() - self._worker.looked_at > STANDS_STILL + self._settings.poll_interval:
             return "the worker's loop stands still"
         return None
 
@@ -210,7 +217,9 @@ class App:
             )
             rescuer = Rescuer(settings, rescues, self._metrics, self._watch)
             self._watch.returned = rescuer.database_was_away
-            self._metrics.observe(in_flight=lambda: worker.in_flight, lag=lambda: recorder.lag)
+            self._metrics.watch(
+                in_flight=lambda: worker.in_flight, writeback_lag=lambda: recorder.lag
+            )
             log.info(
                 "worker.started",
                 worker_id=lease.worker_id,
@@ -218,8 +227,10 @@ class App:
                 concurrency=settings.concurrency,
                 version=__version__,
             )
+            supervisor.tell("READY=1")
             parts: dict[str, Awaitable[None]] = {
                 "beat": self._beat(beats, lease, database_clock, worker),
+                "watchdog": self._watchdog(worker),
                 "listen": self._listen(worker, breaker),
                 "rescue": rescuer.run(),
                 "server": server.run(),
@@ -275,6 +286,7 @@ class App:
                     recording = group.create_task(recorder.run())
                     await self._stop.wait()
                     log.info("worker.stopping", in_flight=worker.in_flight)
+                    supervisor.tell("STOPPING=1")
                     worker.stop()
                     await working
                     await self._drain(worker, recorder, recording)
@@ -325,6 +337,13 @@ class App:
                 await asyncio.sleep(min(AGAIN, lease.seconds / 10))
                 continue
             await asyncio.sleep(lease.seconds / 4)
+
+    async def _watchdog(self, worker: Worker) -> None:
+        """Tell the supervisor that the loop goes round, for as long as it does."""
+        while True:
+            if clock.now() - worker.looked_at <= STANDS_STILL + self._settings.poll_interval:
+                supervisor.tell("WATCHDOG=1")
+            await asyncio.sleep(WATCHDOG)
 
     async def _listen(self, worker: Worker, breaker: Breaker) -> None:
         def heard(payload: str) -> None:

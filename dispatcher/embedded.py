@@ -227,10 +227,11 @@ class EmbeddedPostgres:
             return
         for path in (*self.directory.parents, *self._bin.parents):
             _allow(path, 0o001)
-        if not (self._bin / "postgres").stat().st_mode & 0o001:
-            install = self._bin.parent
-            for path in (*install.rglob("*"), *install.parent.with_suffix(".libs").glob("*")):
-                _allow(path, 0o005 if path.is_dir() or path.stat().st_mode & 0o100 else 0o004)
+        package = self._bin.parents[1]
+        for tree in (self._bin.parent, package.with_suffix(".libs")):
+            for path in (tree, *tree.rglob("*")) if tree.is_dir() else ():
+                run_or_enter = path.stat().st_mode & 0o100
+                _allow(path, 0o005 if run_or_enter else 0o004)
 
     def _socket_dir(self) -> Path:
         """The directory by which clients find the socket: a short link where the path is long."""

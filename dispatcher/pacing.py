@@ -88,5 +88,5 @@ class Pacer:
 
 async def until(moment: float) -> None:
     """Sleep until a moment of our clock, never less, and seldom more than a fraction of a ms."""
-    while (left := moment - clock.now()) > 0:
+    while (left := moment - clock.now()) > 0:  # noqa: ASYNC110 - time is no event
         await asyncio.sleep(left - SPIN if left > SPIN else 0)

@@ -54,8 +54,17 @@ class Recorder:
         accepted: Callable[[], None],
         database: Callable[[str | None], None],
     ) -> None:
-        """`released` is told of each result that is durable, `accepted` that identifiers were
-        recorded; `database` of each loss of the database (one phrase) and each success (None)."""
+        """Prepare to record for one worker.
+
+        Args:
+            session: The connection that is written on.
+            worker_id: The worker whose claims these are.
+            breaker: Told of each result at once, and to make its conclusions durable.
+            metrics: Counts what was recorded.
+            released: Told of each result that is durable.
+            accepted: Told that identifiers were recorded.
+            database: Told of each loss of the database (one phrase) and each success (None).
+        """
         self._session = session
         self._worker_id = worker_id
         self._breaker = breaker
@@ -146,6 +155,8 @@ class Recorder:
         message, outcome = settled.message, settled.outcome
         if settled.withheld and outcome.status is Status.PENDING:
             return
+        if settled.left_at is not None:
+            self._metrics.written_back(clock.now() - settled.left_at - settled.seconds)
         self._metrics.outcome(
             message.service_id,
             outcome.status.value,
@@ -181,6 +192,8 @@ class Recorder:
 
 
 def _answer(settled: Settled) -> str:
+    if settled.withheld:
+        return ""
     if settled.answered:
         return (settled.outcome.reply or "").partition(":")[0]
     return "in doubt" if settled.outcome.in_doubt else "never left"

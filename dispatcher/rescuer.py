@@ -75,12 +75,12 @@ class Rescuer:
         rows = await outbox.rescue(self._session)
         for worker_id, messages in Counter(row["worker_id"] for row in rows).items():
             log.warning("worker.rescued", worker_id=worker_id, messages=messages)
-            self._metrics.rescued(messages)
+            self._metrics.rescued(1)
         for row in rows:
             self._tell("message.unknown", row)
 
     def _tell(self, event: str, row: Record) -> None:
-        self._metrics.outcome(row["service_id"], row["status"], "not sent", None)
+        self._metrics.outcome(row["service_id"], row["status"], "", None)
         log.info(
             event,
             id=row["id"],

@@ -54,9 +54,10 @@ async def take_up(data_dir: Path, session: Session) -> int:
 
 def _flat(result: outbox.Result) -> dict[str, Any]:
     flat = asdict(result)
-    outcome = flat.pop("outcome")
+    outcome: dict[str, Any] = flat.pop("outcome")
     del outcome["signal"]  # its effect is for a moment that is over when this is read
-    return flat | outcome
+    flat.update(outcome)
+    return flat
 
 
 def _read(path: Path) -> Iterable[outbox.Result]:

@@ -58,7 +58,7 @@ log = structlog.stdlib.get_logger()
 class Worker:
     """Moves messages from the outbox to the provider, as many at once as may be."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that a message passes through
         self,
         settings: Settings,
         *,
@@ -71,7 +71,7 @@ class Worker:
         metrics: Metrics,
         database: Callable[[str | None], None],
     ) -> None:
-        """`database` is told of each loss of the database (one phrase) and each success (None)."""
+        """`database` is told of each loss of the database (a phrase) and each success (None)."""
         self._settings = settings
         self._session = session
         self._pace_session = pace_session
@@ -167,13 +167,8 @@ class Worker:
         moments = [now + LOOK_AGAIN, *self._later.values()]
         if self._linger_until is not None:
             moments.append(self._linger_until)
-        for moment in (
-            self._survey_at,
-            self._breaker.probe_at,
-            self._breaker.unreachable_until,
-        ):
-            if moment is not None and moment > now:
-                moments.append(moment)
+        known = (self._survey_at, self._breaker.probe_at, self._breaker.unreachable_until)
+        moments += [moment for moment in known if moment is not None and moment > now]
         if self._survey_at > now:
             moments.pop(0)
         try:
@@ -408,7 +403,7 @@ class Worker:
                     check=partial(self._refusal, message, slot),
                     wait=None if slot is None else partial(self._pacer.wait, slot),
                 )
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - see _poisoned
                 settled = self._poisoned(message, error)
             else:
                 settled = self._settled(message, reply)
@@ -538,7 +533,7 @@ class Worker:
 
     def _tell_refused(self, row: Record) -> None:
         status = Status(row["status"])
-        self._metrics.outcome(row["service_id"], status.value, "not sent", None)
+        self._metrics.outcome(row["service_id"], status.value, "", None)
         log.info(
             EVENTS[status],
             id=row["id"],

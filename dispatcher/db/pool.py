@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import asyncpg
-from asyncpg import Record as Record
+from asyncpg import Record
 
 from dispatcher import clock
+
+__all__ = ["DatabaseClock", "DatabaseLost", "Record", "Session", "connect", "lost", "reason"]
 
 PINGS: Final = 12
 """Round trips that the reckoning of the database's clock looks back on."""
@@ -97,7 +99,8 @@ class Session:
     async def fetch(self, sql: str, *args: object) -> list[Record]:
         """Run one statement and return its rows."""
         async with self._turn:
-            return await self._run(lambda connection: connection.fetch(sql, *args))
+            rows: list[Record] = await self._run(lambda connection: connection.fetch(sql, *args))
+            return rows
 
     async def script(self, sql: str) -> None:
         """Run several statements at once, without arguments."""
