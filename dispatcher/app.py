@@ -217,9 +217,7 @@ class App:
             )
             rescuer = Rescuer(settings, rescues, self._metrics, self._watch)
             self._watch.returned = rescuer.database_was_away
-            self._metrics.watch(
-                in_flight=lambda: worker.in_flight, writeback_lag=lambda: recorder.lag
-            )
+            self._metrics.observe(in_flight=lambda: worker.in_flight, lag=lambda: recorder.lag)
             log.info(
                 "worker.started",
                 worker_id=lease.worker_id,

@@ -155,8 +155,6 @@ class Recorder:
         message, outcome = settled.message, settled.outcome
         if settled.withheld and outcome.status is Status.PENDING:
             return
-        if settled.left_at is not None:
-            self._metrics.written_back(clock.now() - settled.left_at - settled.seconds)
         self._metrics.outcome(
             message.service_id,
             outcome.status.value,

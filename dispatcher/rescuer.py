@@ -75,7 +75,7 @@ class Rescuer:
         rows = await outbox.rescue(self._session)
         for worker_id, messages in Counter(row["worker_id"] for row in rows).items():
             log.warning("worker.rescued", worker_id=worker_id, messages=messages)
-            self._metrics.rescued(1)
+            self._metrics.rescued(messages)
         for row in rows:
             self._tell("message.unknown", row)
 
