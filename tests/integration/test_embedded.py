@@ -30,6 +30,22 @@ with EmbeddedPostgres(Path(sys.argv[1])):
     time.sleep(600)
 """
 
+# Not started as somebody else, but become so: their way to this Python may be closed.
+SOMEBODY = """
+import os, pwd, subprocess, sys
+from pathlib import Path
+from dispatcher.embedded import EmbeddedPostgres
+somebody = pwd.getpwnam("nobody")
+os.setgroups([])
+os.setgid(somebody.pw_gid)
+os.setuid(somebody.pw_uid)
+with EmbeddedPostgres(Path(sys.argv[1])) as server:
+    for dsn in (server.dsn, sys.argv[2]):
+        psql = [server._bin / "psql", dsn, "-Atc", "SELECT 1"]
+        result = subprocess.run(psql, capture_output=True, text=True)
+        print(result.stdout.strip() or "closed")
+"""
+
 
 def _ask(server: EmbeddedPostgres, query: str) -> Any:
     async def fetch() -> Any:
@@ -193,28 +209,11 @@ def test_the_directory_is_private(data_dir: Path) -> None:
 def test_root_is_not_needed(postgres: EmbeddedPostgres, data_dir: Path) -> None:
     """A normal user starts, uses and stops a server of their own, and gets into no other's."""
     somebody = pwd.getpwnam("nobody")
-    data_dir.chmod(0o701)
-    home = data_dir / "home"
-    home.mkdir(mode=0o700)
-    os.chown(home, somebody.pw_uid, somebody.pw_gid)
-    # A fork, not a new program: their way to this Python may be closed.
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.setgroups([])
-            os.setgid(somebody.pw_gid)
-            os.setuid(somebody.pw_uid)
-            with EmbeddedPostgres(home) as server:
-                owner = server.directory.stat().st_uid
-                psql = [str(server._bin / "psql"), "-Atc", "SELECT 1"]
-                own = subprocess.run([*psql, server.dsn], capture_output=True, check=False)
-                other = subprocess.run([*psql, postgres.dsn], capture_output=True, check=False)
-            if owner == somebody.pw_uid and own.returncode == 0 and other.returncode != 0:
-                status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.chown(data_dir, somebody.pw_uid, somebody.pw_gid)
+    command = [sys.executable, "-c", SOMEBODY, data_dir, postgres.dsn]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert result.stdout.split() == ["1", "closed"]
+    assert (data_dir / "postgres").stat().st_uid == somebody.pw_uid
 
 
 @as_root
