@@ -9,11 +9,11 @@ from dispatcher.embedded import EmbeddedUnavailable
 from dispatcher.settings import SettingsError
 
 
-class Failed(Exception):  # noqa: N818 - it says what is the matter
+class Failed(Exception):
     """A command could not do it; the text is one sentence for people."""
 
 
-class Misused(Exception):  # noqa: N818 - likewise
+class Misused(Exception):
     """A command was used wrongly; the text is one sentence for people."""
 
 

@@ -1,6 +1,7 @@
 """What a command shows: tables that fit 80 columns, and JSON."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -9,6 +10,7 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 WIDTH = 80
@@ -47,3 +49,32 @@ def table(*columns: str, right: Iterable[str] = ()) -> Table:
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made
+
+
+def bars() -> Progress:
+    """Progress bars on standard error, on a terminal only; to be entered."""
+    errors = Console(stderr=True, highlight=False, markup=False)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    )
+
+
+def many(count: int, noun: str) -> str:
+    """A count and its noun: `1 message`, `2 messages`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def printable(text: str) -> str:
+    """A text as it may be shown: what could move the cursor or colour the screen is replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def wrapped(text: str) -> str:
+    """A text in lines of at most 80 columns."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ")

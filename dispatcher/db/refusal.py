@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import asyncpg
 
 
-class Refused(Exception):  # noqa: N818 - it says what is the matter
+class Refused(Exception):
     """The database refuses a statement or a connection; the text is one sentence.
 
     Attributes:

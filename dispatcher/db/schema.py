@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dispatcher.db import migrations
 
 
-class SchemaWrong(Exception):  # noqa: N818 - it says what is the matter
+class SchemaWrong(Exception):
     """The schema is behind or ahead of this program; the text is one sentence."""
 
 
@@ -49,7 +49,7 @@ async def upgrade(dsn: str) -> migrations.Schema:
 
     Raises DatabaseLost and SchemaWrong.
     """
-    from dispatcher.db import migrations  # noqa: PLC0415 - slow to load
+    from dispatcher.db import migrations
 
     try:
         return await migrations.upgrade(dsn)
@@ -59,7 +59,7 @@ async def upgrade(dsn: str) -> migrations.Schema:
 
 async def inspect(session: Session) -> migrations.Schema:
     """Compare the database's schema with this program's. Raises DatabaseLost."""
-    from dispatcher.db import migrations  # noqa: PLC0415 - slow to load
+    from dispatcher.db import migrations
 
     async with session.transaction() as connection:
         return await migrations.inspect(connection)
