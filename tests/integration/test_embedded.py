@@ -210,7 +210,7 @@ def test_root_is_not_needed(postgres: EmbeddedPostgres, data_dir: Path) -> None:
     """A normal user starts, uses and stops a server of their own, and gets into no other's."""
     somebody = pwd.getpwnam("nobody")
     os.chown(data_dir, somebody.pw_uid, somebody.pw_gid)
-    command = [sys.executable, "-c", SOMEBODY, data_dir, postgres.dsn]
+    command = [sys.executable, "-c", SOMEBODY, str(data_dir), postgres.dsn]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert result.stdout.split() == ["1", "closed"]
     assert (data_dir / "postgres").stat().st_uid == somebody.pw_uid
