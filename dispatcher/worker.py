@@ -407,6 +407,8 @@ class Worker:
                 settled = self._poisoned(message, error)
             else:
                 settled = self._settled(message, reply)
+        if slot is not None and slot.missed:
+            log.debug("slot.missed", id=message.id, times=slot.missed)
         if self._sending.pop(key, None) is None:
             return  # abandoned at the end of the drain time, and told so
         self._answered += 1

@@ -513,7 +513,7 @@ SELECT r.id, r.claim_no, extract(epoch FROM r.accepted_after)::float8 AS accepte
 FROM recorded r
 """
 
-DECAY: Final = 0.998
+DECAY: Final = 0.99
 """By this a service's extra delay shrinks with each accepted message."""
 
 

@@ -115,23 +115,32 @@ async def arm_probe(session: Session, service_id: int, egress: str, interval: fl
     await session.fetch(_ARM_PROBE, service_id, egress, interval)
 
 
-FIRST_SHARE: Final = 0.01
-FIRST_LEAST: Final = 0.0005
+STEP_SHARE: Final = 0.01
+STEP_LEAST: Final = 0.0005
+"""A refusal for delay adds 1 % of the minimum delay to a service's extra delay, at least half a
+millisecond. Source: the meaning of LIMIT_DELAY, docs/configuration.md."""
+
+STEPS: Final = 5
+GROWTH: Final = 1.5
 EXTRA_MOST: Final = 5.0
-"""A service's extra delay starts at 1 % of its minimum delay, at least half a millisecond, and
-doubles with each further refusal up to these many seconds."""
+"""After so many steps it is no jitter but a minimum delay that is set too low: the extra delay
+then grows by this factor, up to these seconds."""
 
 # Slow a service down, once for all that was refused since its last slowing.
 _SLOW = """
 UPDATE pace p
 SET extra_delay = least(
-        make_interval(secs => $5),
-        greatest(p.extra_delay * 2, s.min_delay * $3::float8, make_interval(secs => $4))
+        make_interval(secs => $7),
+        CASE WHEN p.extra_delay < step.size * $5::float8
+            THEN p.extra_delay + step.size ELSE p.extra_delay * $6::float8 END
     ),
     slowed_at = clock_timestamp()
-FROM service s, outbox o
+FROM outbox o
+JOIN service s USING (service_id)
+CROSS JOIN LATERAL (
+    SELECT greatest(s.min_delay * $3::float8, make_interval(secs => $4))
+) AS step (size)
 WHERE o.id = $1 AND o.claim_no = $2
-    AND s.service_id = o.service_id
     AND p.service_id = o.service_id
     AND o.claimed_at > p.slowed_at
 RETURNING p.service_id, extract(epoch FROM p.extra_delay)::float8 AS extra_delay
@@ -143,7 +152,9 @@ async def slow(session: Session, message_id: int, claim_no: int) -> Record | Non
 
     Returns the service and its extra delay in seconds if it changed. Raises DatabaseLost.
     """
-    rows = await session.fetch(_SLOW, message_id, claim_no, FIRST_SHARE, FIRST_LEAST, EXTRA_MOST)
+    rows = await session.fetch(
+        _SLOW, message_id, claim_no, STEP_SHARE, STEP_LEAST, STEPS, GROWTH, EXTRA_MOST
+    )
     return rows[0] if rows else None
 
 
