@@ -97,7 +97,7 @@ ANSWERS: Final[Mapping[str, Outcome]] = {
     ),
 }
 
-_ACCEPTED_WITH_ID: Final = re.compile(r"MSG_OK:\s*([\x21-\x7e]{1,64})", re.ASCII)
+_ACCEPTED_WITH_ID: Final = re.compile(r"MSG_OK:[ \t]*([\x21-\x7e]{1,64})")
 
 
 def classify(status: int, body: bytes) -> Outcome:
