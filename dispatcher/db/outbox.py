@@ -507,7 +507,6 @@ kept AS (
         r.seconds, r.status, r.reply, r.error
     FROM recorded r
     WHERE r.sent_ago IS NOT NULL
-    ON CONFLICT (message_id, claim_no) DO NOTHING
 )
 SELECT r.id, r.claim_no, extract(epoch FROM r.accepted_after)::float8 AS accepted_after
 FROM recorded r

@@ -137,7 +137,7 @@ CREATE TABLE outbox (
         provider_id IS NULL
         OR status IN ('accepted', 'enroute', 'delivered', 'undeliverable'))
 ) WITH (
-    fillfactor = 80,
+    fillfactor = 50,
     autovacuum_vacuum_scale_factor = 0.01,
     autovacuum_vacuum_threshold = 5000,
     autovacuum_vacuum_insert_scale_factor = 0.05,
