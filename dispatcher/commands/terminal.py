@@ -65,6 +65,12 @@ def bars() -> Progress:
     )
 
 
+def bar(share: float, width: int = 8) -> str:
+    """A bar of block characters, filled by a share from 0 to 1; by nothing only at 0."""
+    filled = min(width, max(int(share * width), int(share > 0)))
+    return "█" * filled + "░" * (width - filled)
+
+
 def many(count: int, noun: str) -> str:
     """A count and its noun: `1 message`, `2 messages`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
