@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from dispatcher import __version__, clock, logs, spool, supervisor
+from dispatcher import __version__, clock, heartbeat, logs, spool, supervisor
 from dispatcher.breaker import Breaker
 from dispatcher.db import migrations, workers
 from dispatcher.db.listen import listen
@@ -231,6 +231,9 @@ class App:
                 "watchdog": self._watchdog(worker),
                 "listen": self._listen(worker, breaker),
                 "rescue": rescuer.run(),
+                "heartbeat": heartbeat.beat(
+                    rescues, settings.egress, recorder.recorded, self._watch
+                ),
                 "server": server.run(),
             }
             failed = await self._serve(worker, recorder, parts)

@@ -6,7 +6,7 @@ The number of results that wait is bounded by what the worker may hold.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -77,6 +77,8 @@ class Recorder:
         self._more = asyncio.Event()
         self._closing = False
         self._oldest: float | None = None
+        self.recorded: Counter[Status] = Counter()
+        """Outcomes recorded since the start."""
 
     @property
     def lag(self) -> float:
@@ -155,6 +157,7 @@ class Recorder:
         message, outcome = settled.message, settled.outcome
         if settled.withheld and outcome.status is Status.PENDING:
             return
+        self.recorded[outcome.status] += 1
         self._metrics.outcome(
             message.service_id,
             outcome.status.value,
