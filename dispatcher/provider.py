@@ -28,8 +28,6 @@ from yarl import URL
 MAX_ANSWER: Final = 4096
 """Most bytes of an answer's body; a longer one is no answer (the provider's are one short line)."""
 
-_STALE_TRIES: Final = 3
-
 Check: TypeAlias = Callable[[], str | None]
 """Asked at the last moment: None to send, or why not, in one plain phrase."""
 
@@ -139,7 +137,7 @@ class Provider:
 
         With a connection in hand `wait` is awaited, then `check` is called; if that returns
         None the request is written at once, with no await between. Should the connection turn
-        out to be closed after the wait, `wait` is awaited again with another one.
+        out to be closed after the wait, `wait` is awaited once more with another one.
 
         Args:
             user_id: The customer's number.
@@ -268,13 +266,12 @@ class _Attempt:
         """Send as aiohttp's innermost middleware, so that it sees no error it would repeat."""
         cast(_Request, request).attempt = self
         try:
-            for _ in range(_STALE_TRIES - 1):
-                try:
-                    return await handler(request)
-                except _StaleError:
-                    # The loop learns of the other connections that have closed meanwhile.
-                    await asyncio.sleep(0)
-            return await handler(request)
+            try:
+                return await handler(request)
+            except _StaleError:
+                # In this turn the loop learns of all connections that have closed meanwhile.
+                await asyncio.sleep(0)
+                return await handler(request)
         except (aiohttp.ClientError, OSError) as error:
             raise _SendError(_reason(error)) from None
 
@@ -290,9 +287,8 @@ class _Attempt:
         self._watchdog.resume(self, left)
 
     def cancel(self) -> None:
-        if not self.overdue:
-            self.overdue = True
-            self._task.cancel()
+        self.overdue = True
+        self._task.cancel()
 
     def seconds(self) -> float:
         """Time since the write; the loop's clock stands still between two turns of uvloop."""
@@ -329,7 +325,7 @@ class _Request(aiohttp.ClientRequest):
         )
         attempt.protocol = protocol
         attempt.left_at = time.monotonic()
-        # Without body and tracing this writes before it first awaits.
+        # Without body and tracing this writes before it first suspends.
         return await super().send(conn)
 
 
@@ -375,6 +371,7 @@ class _Watchdog:
         # Only what was overdue at the last look too: timers run before sockets are read, and
         # after a freeze of this process the answers lie in the sockets.
         for attempt in overdue & self._overdue:
+            self._watched.discard(attempt)
             attempt.cancel()
         self._overdue = overdue
         self._timer = loop.call_later(self._every, self._look, loop) if self._watched else None
@@ -383,9 +380,10 @@ class _Watchdog:
 def _fit(protocol: ResponseHandler, *, ssl: bool) -> bool:
     """Whether a request may be written: the connection is open, and nothing has come on it.
 
-    What has come unasked would be taken for our answer. The loop learns of a closed connection
-    only when it next looks at its sockets, and one that has just been given back by another
-    request is taken before that; so the socket itself is asked (under TLS its bytes say nothing).
+    What has come unasked would be taken for our answer. And a provider may close after an answer
+    without announcing it: under load the connection is taken for the next request before the
+    loop has read of its end, and half of all messages would be in doubt. So the socket itself is
+    asked. Under TLS its bytes may be the protocol's own and say nothing.
     """
     transport = protocol.transport
     if (

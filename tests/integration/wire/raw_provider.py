@@ -42,8 +42,14 @@ class Line:
         self.writer = writer
 
     async def write(self, *pieces: bytes) -> None:
-        """Write each piece by itself."""
+        """Write each piece by itself.
+
+        Raises:
+            ConnectionResetError: The client has gone; uvloop would raise a RuntimeError.
+        """
         for piece in pieces:
+            if self.writer.is_closing():
+                raise ConnectionResetError
             self.writer.write(piece)
             await self.writer.drain()
 

@@ -106,6 +106,20 @@ async def test_a_status_without_a_body_is_an_answer(raw: RawProvider, status: by
     assert (len(raw.requests), len(raw.lines)) == (2, 1)
 
 
+async def test_a_cookie_is_not_sent_back(raw: RawProvider) -> None:
+    """A request holds what the protocol asks for and nothing that an earlier answer left."""
+
+    async def script(request: Received) -> None:
+        await request.line.write(OK + b"Set-Cookie: a=b; Path=/\r\nContent-Length: 6\r\n\r\nMSG_OK")
+
+    raw.script = script
+    # To a name, as an address's cookies would not be kept anyway.
+    async with client(raw.url.replace("127.0.0.1", "localhost")) as provider:
+        for _ in range(2):
+            assert isinstance(await send(provider), Answer)
+    assert raw.requests[0].head == raw.requests[1].head
+
+
 async def test_a_kept_connection_carries_every_request(raw: RawProvider) -> None:
     """One after the other, a hundred messages need one connection."""
     async with client(raw.url) as provider:

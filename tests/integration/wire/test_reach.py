@@ -9,7 +9,7 @@ import pytest
 
 from dispatcher.provider import InDoubt, NeverLeft
 from tests.integration.wire.client import client, send
-from tests.integration.wire.raw_provider import Line, RawProvider, Received
+from tests.integration.wire.raw_provider import Line, RawProvider
 
 
 @pytest.fixture
@@ -68,17 +68,20 @@ async def test_a_connection_that_is_not_made_in_time_never_left(full_port: int) 
 
 
 async def test_a_message_without_a_free_connection_never_left(raw: RawProvider) -> None:
-    """The deadline while another message has the only connection."""
+    """The deadline while another message has the only connection in hand."""
+    waiting, due = asyncio.Event(), asyncio.Event()
 
-    async def hang(request: Received) -> None:
-        pass
+    async def wait() -> None:
+        waiting.set()
+        await due.wait()
 
-    raw.script = hang
-    async with client(raw.url, timeout=0.3, concurrency=1) as provider:
-        replies = await asyncio.gather(send(provider, "first"), send(provider, "second"))
-    assert isinstance(replies[0], InDoubt)
-    assert replies[1] == NeverLeft("connect timeout")
-    assert len(raw.requests) == 1
+    async with client(raw.url, timeout=0.5, concurrency=1) as provider:
+        first = asyncio.create_task(send(provider, wait=wait))
+        await waiting.wait()
+        assert await send(provider) == NeverLeft("connect timeout")
+        assert not raw.requests
+        due.set()
+        await first
 
 
 async def test_a_failed_handshake_never_left(raw: RawProvider) -> None:
