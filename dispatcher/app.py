@@ -315,7 +315,7 @@ class App:
         ends = clock.now() + self._settings.drain
         while worker.tasks and (left := ends - clock.now()) > 0:
             await asyncio.wait(worker.tasks, timeout=left)
-        for settled in worker.abandoned():
+        for settled in worker.abandon():
             recorder.put(settled)
         recorder.close()
         await asyncio.wait([recording], timeout=max(WRITE_BACK, ends - clock.now()))
@@ -351,7 +351,9 @@ class App:
             kind, _, name = payload.partition(":")
             if kind == "closed" and name == self._settings.egress:
                 breaker.shut()
-            worker.wake()
+            if kind == "cancel":
+                worker.recall()
+            worker.wake(egress_changed=kind != "outbox")
 
         while True:
             try:

@@ -70,6 +70,7 @@ class Breaker:
         self._doubts = 0
         self._resumed_at = 0.0
         self._unreached = 0
+        self._pauses = 0
         self._malformed: Counter[int] = Counter()
         self.unreachable_until: float | None = None
         """Until when this worker waits, because the provider cannot be reached at all."""
@@ -119,17 +120,17 @@ class Breaker:
                     self._ill = True
         elif settled.failed:
             self._unreached += 1
-            if self._unreached >= IN_A_ROW:
-                if self._unreached == IN_A_ROW:
-                    log.warning("provider.unreachable", reason=outcome.error)
-                rounds = self._unreached - IN_A_ROW + 1
-                if self.unreachable_until is None or self.unreachable_until <= clock.now():
-                    self.unreachable_until = clock.now() + unreachable_delay(rounds, random())
+            if self._unreached == IN_A_ROW:
+                log.warning("provider.unreachable", reason=outcome.error)
+            now = clock.now()
+            if self._unreached >= IN_A_ROW and (self.unreachable_until or 0.0) <= now:
+                self._pauses += 1
+                self.unreachable_until = now + unreachable_delay(self._pauses, random())
 
     def _reached(self) -> None:
         if self._unreached >= IN_A_ROW:
             log.info("provider.reachable")
-        self._unreached = 0
+        self._unreached = self._pauses = 0
         self.unreachable_until = None
 
     async def apply(self, session: Session, batch: Sequence[Settled]) -> None:

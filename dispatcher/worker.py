@@ -46,6 +46,7 @@ LOOK_AGAIN: Final = 0.25
 """Seconds between two tries while the database or the lease is lost."""
 
 STOPPING: Final = "the worker stops"
+RECALLED: Final = "some messages were cancelled"
 SHUT: Final = "the egress is closed"
 LEASE_LOST: Final = "the lease has run out"
 WINDOW_OVER: Final = "its quota window is over"
@@ -88,6 +89,7 @@ class Worker:
         self._survey_at = 0.0
         self._busy_since: float | None = None
         self._idle = False
+        self._egress_stale = True
         self._active: set[int] = set()
         self._probes: set[int] = set()
         self._later: dict[int, float] = {}
@@ -99,6 +101,8 @@ class Worker:
         """Claimed and not yet recorded."""
         self._held_by_service: Counter[int] = Counter()
         self._sending: dict[tuple[int, int], Message] = {}
+        self._left: set[tuple[int, int]] = set()
+        self._recalled_at = 0.0
         self._awaiting_slot = 0
         self._answered = 0
         self._rate = 0.0
@@ -113,10 +117,15 @@ class Worker:
         """Messages whose outcome is not known yet."""
         return len(self._sending)
 
-    def wake(self) -> None:
+    def wake(self, *, egress_changed: bool = False) -> None:
         """Look at the outbox now."""
+        self._egress_stale = self._egress_stale or egress_changed
         self._survey_at = 0.0
         self._wake.set()
+
+    def recall(self) -> None:
+        """Give back what has not left: some of it was cancelled."""
+        self._recalled_at = clock.now()
 
     def reconcile(self) -> None:
         """Look for claims whose answer was lost, before the next claim."""
@@ -244,7 +253,9 @@ class Worker:
     async def _survey(self) -> None:
         """Learn which services have work, and how the egress stands."""
         self._survey_at = clock.now() + self._settings.poll_interval
-        self._breaker.know(await egress.state(self._session, self._settings.egress))
+        if self._egress_stale or not self._breaker.open:
+            self._breaker.know(await egress.state(self._session, self._settings.egress))
+            self._egress_stale = False
         found = await outbox.waiting(self._session, self._settings.egress)
         now = clock.now()
         self._quarantine = {s: at for s, at in self._quarantine.items() if at > now}
@@ -331,6 +342,9 @@ class Worker:
             if row["spent"] is not None:
                 self._tell_spent(service, row["spent"], row["send_before"])
         self._active.difference_update(asked.keys() - seen)
+        if not seen:
+            # The egress or the lease is closed by the database's word; ours is out of date.
+            self._egress_stale = True
 
     async def _isolate(self, asked: dict[int, int], error: outbox.ClaimRefused) -> None:
         """Find the service whose rows make the claim fail, and leave it alone for a while."""
@@ -409,6 +423,7 @@ class Worker:
                 settled = self._settled(message, reply)
         if slot is not None and slot.missed:
             log.debug("slot.missed", id=message.id, times=slot.missed)
+        self._left.discard(key)
         if self._sending.pop(key, None) is None:
             return  # abandoned at the end of the drain time, and told so
         self._answered += 1
@@ -421,6 +436,8 @@ class Worker:
         now = clock.now()
         if self._stopping:
             return STOPPING
+        if message.claimed_at <= self._recalled_at:
+            return RECALLED
         if not self._breaker.open and not message.probes_egress:
             return SHUT
         if not self._lease.covers(message.claimed_at, now):
@@ -431,6 +448,7 @@ class Worker:
             return OVERDUE
         if slot is not None and slot.lost:
             return PACE_LOST
+        self._left.add((message.id, message.claim_no))
         return None
 
     def _settled(self, message: Message, reply: Reply) -> Settled:
@@ -485,16 +503,24 @@ class Worker:
             retry_in=message_delay(message.failures + 1, random()),
         )
 
-    def abandoned(self) -> list[Settled]:
-        """What is still in flight when the drain time is over: in doubt, for its answer is lost."""
-        return [
+    def abandon(self) -> list[Settled]:
+        """Settle what is still in flight when the drain time is over.
+
+        What has left is in doubt, for its answer is lost; the rest can leave no more, for the
+        worker has stopped.
+        """
+        settled = [
             Settled(
                 message,
                 outcomes.doubt("The worker stopped before an answer came."),
                 answered=False,
             )
-            for message in self._sending.values()
+            if key in self._left
+            else Settled(message, outcomes.RELEASED, answered=False, withheld=True)
+            for key, message in self._sending.items()
         ]
+        self._sending.clear()
+        return settled
 
     def released(self, settled: Settled) -> None:
         """A result is durable: its message is held no more."""

@@ -439,8 +439,10 @@ WITH result AS MATERIALIZED (
 recorded AS (
     UPDATE outbox o
     SET status = CASE
-            WHEN r.status = 'pending' AND o.status IN ('cancelled', 'expired') THEN o.status
-            ELSE r.status
+            WHEN r.status <> 'pending' THEN r.status
+            WHEN o.cancel THEN 'cancelled'
+            WHEN o.status IN ('cancelled', 'expired') THEN o.status
+            ELSE 'pending'
         END,
         status_at = CASE WHEN o.status = 'sending' THEN clock_timestamp() ELSE o.status_at END,
         attempts = o.attempts + r.counted::integer - (o.status <> 'sending')::integer,
@@ -475,7 +477,7 @@ touched AS MATERIALIZED (
 ),
 refunded AS (
     UPDATE quota_usage q
-    SET used = q.used - f.messages
+    SET used = greatest(0, q.used - f.messages)
     FROM (
         SELECT
             r.service_id, period.name AS period,
@@ -559,16 +561,18 @@ async def held(session: Session, worker_id: int) -> list[Record]:
 
 # Mark in doubt what is held by workers that are silent past their lease.
 _RESCUE = """
-WITH gone AS MATERIALIZED (
-    SELECT w.id
-    FROM worker w
-    WHERE w.lease_until < clock_timestamp()
-        AND pg_postmaster_start_time() < clock_timestamp() - w.lease
-),
-stranded AS MATERIALIZED (
+WITH stranded AS MATERIALIZED (
     SELECT o.id
-    FROM gone
-    JOIN outbox o ON o.worker_id = gone.id AND o.status = 'sending'
+    FROM outbox o
+    LEFT JOIN worker w ON w.id = o.worker_id
+    WHERE o.status = 'sending'
+        AND (
+            w.id IS NULL
+            OR (
+                w.lease_until < clock_timestamp()
+                AND pg_postmaster_start_time() < clock_timestamp() - w.lease
+            )
+        )
     LIMIT 1000
     FOR NO KEY UPDATE OF o SKIP LOCKED
 )
@@ -601,6 +605,7 @@ WITH again AS MATERIALIZED (
     WHERE s.on_unknown = 'retry'
         AND o.status_at <= clock_timestamp() - make_interval(secs => $1)
         AND o.doubts < $2
+        AND NOT o.cancel
     LIMIT 1000
     FOR NO KEY UPDATE OF o SKIP LOCKED
 )

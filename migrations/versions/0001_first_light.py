@@ -131,6 +131,7 @@ CREATE TABLE outbox (
     accepted_at timestamptz,
     failures    smallint NOT NULL DEFAULT 0,
     doubts      smallint NOT NULL DEFAULT 0,
+    cancel      boolean NOT NULL DEFAULT false,
     CONSTRAINT outbox_sending_is_held CHECK (
         status <> 'sending' OR (worker_id IS NOT NULL AND claimed_at IS NOT NULL)),
     CONSTRAINT outbox_identifier_is_of_an_accepted_message CHECK (
