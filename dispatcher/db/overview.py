@@ -77,8 +77,15 @@ LEFT JOIN quota_usage q
     ON q.service_id = s.service_id
     AND q.period = period.name
     AND q.window_start = date_trunc(period.name, m.now, s.timezone)
+WHERE $1::bigint IS NULL OR s.service_id = $1
 ORDER BY s.service_id, period.step
 """
+
+
+async def windows(session: Session, service_id: int | None = None) -> list[Record]:
+    """The current windows of all services, or of one. Raises DatabaseLost."""
+    return await session.fetch(_WINDOWS, service_id)
+
 
 # Tell which services an egress may not use.
 _BLOCKED_HERE: Final = """
@@ -137,7 +144,7 @@ async def overview(session: Session) -> Overview:
         share=(await session.fetch(_SHARE, PAGES))[0]["share"],
         counts=await session.fetch(_COUNTS, PAGES),
         services=await session.fetch(_SERVICES),
-        windows=await session.fetch(_WINDOWS),
+        windows=await windows(session),
         blocked_here=await session.fetch(_BLOCKED_HERE),
         egresses=await session.fetch(_EGRESSES),
         workers=await session.fetch(_WORKERS),
