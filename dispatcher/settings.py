@@ -53,7 +53,7 @@ def _words(value: object) -> object:
         raise ValueError("it is not a JSON object")
     words: dict[str, Status] = {}
     for word, status in told.items():
-        if status not in set(REPORTED):
+        if not isinstance(status, str) or status not in set(REPORTED):
             raise ValueError("its values must be enroute, delivered or undeliverable")
         words[word.strip().upper()] = Status(status)
     return {**WORDS, **words}
@@ -115,8 +115,15 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("it must be an http:// or https:// address")
-        if not 0 < (parts.port or 80) < 65_536:
+        if parts.port == 0:
             raise ValueError("its port must be 1 to 65535")
+        try:
+            parts.hostname.encode("idna")
+            known = parts.hostname.isprintable() and not set(parts.hostname) & set(" \\")
+        except UnicodeError:
+            known = False
+        if not known:
+            raise ValueError("its host is none that can be looked up")
         return value
 
     @field_validator("region")
@@ -151,6 +158,10 @@ def load(**given: Any) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         raise SettingsError(_sentence(error)) from None
+    except UnicodeDecodeError:
+        raise SettingsError("The file .env is not UTF-8; save it as UTF-8.") from None
+    except OSError as error:
+        raise SettingsError(f"The file .env cannot be read ({error.strerror}); mend it.") from None
 
 
 def _sentence(error: ValidationError) -> str:
