@@ -31,7 +31,7 @@ from dispatcher.worker import Worker
 AGAIN: Final = 0.5
 """Seconds between two tries to reach the database at the start."""
 
-PINGS: Final = 3
+PINGS: Final = 2
 """Looks at the database's clock with each beat."""
 
 STANDS_STILL: Final = 30.0
@@ -242,10 +242,12 @@ class App:
             if path is not None:
                 log.warning("spool.written", results=len(left), file=path.name)
             try:
-                await worker.release_lost_claims()
-                await workers.leave(beats, lease.worker_id)
-            except DatabaseLost as error:
-                self._watch(str(error))
+                async with asyncio.timeout(WRITE_BACK):
+                    await worker.release_lost_claims()
+                    await workers.leave(beats, lease.worker_id)
+            except (DatabaseLost, TimeoutError) as error:
+                # The lease runs out by itself, and others take what is left.
+                self._watch(str(error) or "no answer in time")
             log.info("worker.stopped", worker_id=lease.worker_id)
             return 1 if failed else 0
 
@@ -264,7 +266,7 @@ class App:
                     lease=self._settings.lease,
                 )
                 lease.renewed(asked_at)
-                await database_clock.ping(session, 2 * PINGS)
+                await database_clock.ping(session, 3 * PINGS)
             except DatabaseLost as error:
                 self._watch(str(error))
                 await _either(self._stop.wait(), AGAIN)

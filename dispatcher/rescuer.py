@@ -16,6 +16,9 @@ from dispatcher.domain.msisdn import masked
 from dispatcher.metrics import Metrics
 from dispatcher.settings import Settings
 
+ROUND: Final = 2.0
+"""Seconds between two rounds at most."""
+
 FORGET: Final = 3600.0
 """Seconds between two looks for workers to forget."""
 
@@ -52,7 +55,7 @@ class Rescuer:
                 self._database(None)
             except DatabaseLost as error:
                 self._database(str(error))
-            await asyncio.sleep(min(1.0, self._settings.poll_interval, self._settings.lease / 6))
+            await asyncio.sleep(min(ROUND, self._settings.lease / 6))
 
     async def _round(self) -> None:
         for row in await outbox.expire(self._session):
