@@ -141,9 +141,9 @@ class Breaker:
         name = self._settings.egress
         banned = [s for s in batch if (s.message.id, s.message.claim_no) in self._bans]
         probes = [s for s in batch if s.message.probes_egress]
-        for settled in banned:
-            if not settled.message.probes_egress:
-                await self._ban(session, settled.message)
+        fresh = [s.message for s in banned if not s.message.probes_egress]
+        if fresh:
+            await self._ban(session, max(fresh, key=lambda message: message.ban_episode))
         ill = self._ill
         if ill:
             begun = await egress.sicken(session, name)
@@ -157,9 +157,8 @@ class Breaker:
             if ill:
                 self._ill = False
                 self._doubts = 0
-        for settled in batch:
-            if settled.outcome.signal is not None or settled.message.probes_service:
-                await self._service(session, settled)
+        for settled in _telling(batch):
+            await self._service(session, settled)
 
     async def _ban(self, session: Session, message: Message) -> None:
         name = self._settings.egress
@@ -254,6 +253,23 @@ class Breaker:
                 until=block["blocked_until"],
                 egress=self._settings.egress if signal is Signal.NOT_ALLOWED else None,
             )
+
+
+def _telling(batch: Sequence[Settled]) -> list[Settled]:
+    """Those of a batch that tell something of their service.
+
+    All probes, and of others that tell the same the one that was claimed last.
+    """
+    probes = [settled for settled in batch if settled.message.probes_service]
+    last: dict[tuple[int, Signal], Settled] = {}
+    for settled in batch:
+        message, signal = settled.message, settled.outcome.signal
+        if signal is None or message.probes_service:
+            continue
+        known = last.get((message.service_id, signal))
+        if known is None or known.message.claimed_at <= message.claimed_at:
+            last[message.service_id, signal] = settled
+    return [*probes, *last.values()]
 
 
 def _jitter() -> float:
