@@ -24,7 +24,7 @@ def print_json(document: object) -> None:
 def _plain(value: Any) -> object:
     match value:
         case datetime():
-            return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+            return utc(value)
         case timedelta():
             return value.total_seconds()
         case Decimal():
@@ -34,6 +34,11 @@ def _plain(value: Any) -> object:
         case Iterable():
             return list(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def utc(time: datetime) -> str:
+    """A time in ISO 8601, UTC."""
+    return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def console() -> Console:
