@@ -1,0 +1,143 @@
+"""Workers that are killed, frozen, and told twice to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from random import Random
+from signal import SIGCONT, SIGSTOP, SIGTERM
+
+import pytest
+
+from tests.builders import add_service
+from tests.e2e.harness import wait_for
+from tests.faults import invariant
+from tests.faults.conftest import Scene
+from tests.faults.texts import add_numbered
+
+PACED = 43
+
+
+async def test_killed_in_flight(scene: Scene) -> None:
+    """A worker killed with requests in flight leaves at most those in doubt, and nothing else."""
+    concurrency = 5
+    scene.provider.gate.clear()
+    await add_numbered(scene.connection, 40)
+    doomed = await scene.worker(lease=1, concurrency=concurrency)
+    await scene.provider.came(concurrency)
+    await doomed.kill()
+    scene.provider.gate.set()
+    heir = await scene.worker(lease=1)
+    await _all_settled(scene)
+
+    assert await heir.stop() == 0
+    found = await invariant.hold(scene.connection, scene.provider, doomed, heir)
+    assert concurrency <= found["unknown"] <= 2 * concurrency
+    assert found["accepted"] == 40 - found["unknown"]
+    assert heir.seen("worker.rescued", messages=found["unknown"])
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(2))
+async def test_killed_at_any_moment(scene: Scene, seed: int) -> None:
+    """Ten workers killed at random moments under load send nothing twice and lose nothing."""
+    chance = Random(seed)
+    await add_service(scene.connection, PACED, min_delay=timedelta(milliseconds=10))
+    scene.provider.latency = 0.03
+    concurrency, sent = 10, 0
+    running = await scene.worker(lease=1, concurrency=concurrency)
+    for _ in range(10):
+        await add_numbered(scene.connection, 60, first=sent + 1)
+        await add_numbered(scene.connection, 60, first=sent + 61, service_id=PACED)
+        sent += 120
+        doomed = running
+        running = await scene.worker(lease=1, concurrency=concurrency)
+        came = len(scene.provider.entries)
+        await scene.provider.came(min(came + chance.randint(1, 30), sent))
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        await doomed.kill()
+    await _all_settled(scene)
+
+    assert await running.stop() == 0
+    found = await invariant.hold(scene.connection, scene.provider, *scene.workers)
+    assert found["unknown"] <= 10 * 2 * concurrency
+    assert found["accepted"] == sent - found["unknown"]
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.faults)])
+@pytest.mark.timeout(600)
+async def test_frozen_past_its_lease(scene: Scene, rounds: int) -> None:
+    """A worker that was frozen sends nothing of what it held, and records what came meanwhile."""
+    chance = Random(rounds)
+    await add_service(scene.connection, PACED, min_delay=timedelta(milliseconds=20))
+    settings = {"lease": 1, "concurrency": 5, "request_timeout": 60}
+    frozen = await scene.worker(**settings)
+    frozen_id = await frozen.started()
+    other = await scene.worker(**settings)
+    sent = 0
+    for _ in range(rounds):
+        scene.provider.gate.clear()
+        came = len(scene.provider.entries)
+        await add_numbered(scene.connection, 20, first=sent + 1)
+        await add_numbered(scene.connection, 20, first=sent + 21, service_id=PACED)
+        sent += 40
+        await scene.provider.came(came + chance.randint(1, 10))
+        await asyncio.sleep(chance.uniform(0, 0.1))
+        frozen.signal(SIGSTOP)
+        await _holds_nothing(scene, frozen_id)
+        # What goes back must stay there, so that whatever leaves now is known for a second one.
+        await scene.connection.execute("UPDATE service SET paused = true")
+        scene.provider.gate.set()
+        await wait_for(lambda: _none(scene, "sending"), "the other worker has done its work")
+        came = len(scene.provider.entries)
+        frozen.signal(SIGCONT)
+        await wait_for(lambda: _none(scene, "sending", "unknown"), "late answers are recorded")
+        assert len(scene.provider.entries) == came, "it sent what others may have taken"
+        await scene.connection.execute("UPDATE service SET paused = false")
+        await _all_settled(scene)
+
+    assert await frozen.stop() == await other.stop() == 0
+    found = await invariant.hold(scene.connection, scene.provider, frozen, other)
+    assert found["accepted"] == sent
+
+
+async def test_told_twice_to_stop(scene: Scene) -> None:
+    """A second signal ends a worker at once, and what it held is found in doubt."""
+    scene.provider.gate.clear()
+    await add_numbered(scene.connection, 10)
+    stubborn = await scene.worker(lease=1, concurrency=5, drain=600)
+    await scene.provider.came(5)
+    stubborn.signal(SIGTERM)
+    await stubborn.event("worker.stopping")
+    assert await stubborn.stop() == 1
+    scene.provider.gate.set()
+    heir = await scene.worker(lease=1)
+    await _all_settled(scene)
+
+    assert await heir.stop() == 0
+    found = await invariant.hold(scene.connection, scene.provider, stubborn, heir)
+    assert found["unknown"] == 5
+
+
+async def _none(scene: Scene, *statuses: str) -> bool:
+    return not await scene.connection.fetchval(
+        "SELECT EXISTS (SELECT FROM outbox WHERE status = ANY ($1))", statuses
+    )
+
+
+async def _all_settled(scene: Scene) -> None:
+    await wait_for(lambda: _none(scene, "pending", "sending"), "all are sent", within=120)
+
+
+async def _holds_nothing(scene: Scene, worker_id: int) -> None:
+    async def there() -> bool:
+        return bool(
+            await scene.connection.fetchval(
+                "SELECT NOT EXISTS (SELECT FROM outbox WHERE status = 'sending' AND worker_id = $1)"
+                " AND (SELECT lease_until < clock_timestamp() FROM worker WHERE id = $1)",
+                worker_id,
+            )
+        )
+
+    await wait_for(there, "the frozen worker's messages are rescued")
