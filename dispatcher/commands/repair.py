@@ -1,6 +1,8 @@
 """The commands `dispatcher retry`, `cancel` and `resolve`."""
 
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated
@@ -12,7 +14,7 @@ from dispatcher.commands.failures import Failed, Misused
 from dispatcher.commands.moments import lasting, span
 from dispatcher.commands.terminal import console, many, print_json, printable, table
 from dispatcher.db.pool import Session
-from dispatcher.db.repair import Action, Choice, act, count, doubts, statuses_of
+from dispatcher.db.repair import Action, Choice, act, choose, doubts, statuses_of
 from dispatcher.domain.message import Status
 from dispatcher.domain.msisdn import masked
 from dispatcher.settings import load
@@ -69,7 +71,7 @@ def cancel(
     yes: _Yes = False,
     json: _Json = False,
 ) -> None:
-    """Never send what waits.
+    """Never send what waits, nor what is claimed and has not left yet.
 
     For example:
 
@@ -161,7 +163,8 @@ class _Refusal:
 
 @dataclass(slots=True)
 class _Done:
-    changed: int = 0
+    before: Counter[Status] = field(default_factory=Counter)
+    """Messages that were changed, by their status before."""
     refused: int = 0
     named: list[_Refusal] = field(default_factory=list)
 
@@ -188,7 +191,8 @@ class _Repair:
         if self._as_json:
             print_json(
                 {
-                    "changed": done.changed,
+                    "changed": done.before.total(),
+                    "before": done.before,
                     "refused": done.refused,
                     "reasons": [asdict(refusal) for refusal in done.named],
                 }
@@ -198,18 +202,21 @@ class _Repair:
                 typer.echo(refusal.reason, err=True)
             if done.refused > len(done.named):
                 typer.echo(f"… and {done.refused - len(done.named)} more", err=True)
-            typer.echo(_told(self._action, done.changed))
-        if done.refused and not done.changed:
+            typer.echo(_told(self._action, done.before))
+        if done.refused and not done.before:
             raise typer.Exit(1)
 
     async def _run(self, session: Session, *, ask: bool) -> _Done:
         done = _Done()
-        counts = await count(session, self._action, self._choice)
-        if counts and ask and not typer.confirm(_question(self._action, counts), err=True):
+        chosen = await choose(session, self._action, self._choice)
+        if chosen and ask and not typer.confirm(_question(self._action, chosen), err=True):
             raise Failed("Nothing is changed.")
+        # What is on the way first: it is the most urgent to cancel.
+        statuses = sorted(chosen, key=lambda status: status is not Status.SENDING)
+        ids = [number for status in statuses for number in chosen[status]]
         seen: set[int] = set()
-        async for step in act(session, self._action, self._choice):
-            done.changed += len(step.changed)
+        async for step in act(session, self._action, ids):
+            done.before.update(step.changed.values())
             for number, worker in step.held:
                 done.refuse(
                     number,
@@ -221,9 +228,9 @@ class _Repair:
             if self._choice.ids is not None:
                 seen.update(step.changed, step.too_late, (number for number, _ in step.held))
         missed = [number for number in self._choice.ids or () if number not in seen]
-        statuses = await statuses_of(session, missed) if missed else {}
+        found = await statuses_of(session, missed) if missed else {}
         for number in dict.fromkeys(missed):
-            done.refuse(number, _why_not(self._action, number, statuses.get(number)))
+            done.refuse(number, _why_not(self._action, number, found.get(number)))
         return done
 
 
@@ -238,8 +245,9 @@ def _why_not(action: Action, number: int, status: Status | None) -> str:
     return f"Message {number} does not fit the other options."
 
 
-def _question(action: Action, counts: dict[Status, int]) -> str:
-    total = sum(counts.values())
+def _question(action: Action, chosen: dict[Status, list[int]]) -> str:
+    total = sum(map(len, chosen.values()))
+    of = ", ".join(f"{len(ids)} {status}" for status, ids in chosen.items())
     match action:
         case Action.MARK_SENT:
             return f"Mark {many(total, 'message')} in doubt as sent?"
@@ -249,13 +257,13 @@ def _question(action: Action, counts: dict[Status, int]) -> str:
                 "already is then sent twice."
             )
         case Action.RETRY:
-            of = ", ".join(f"{number} {status}" for status, number in counts.items())
             return f"Send {many(total, 'message')} again ({of})?"
         case Action.CANCEL:
-            return f"Cancel {many(total, 'waiting message')}?"
+            return f"Cancel {many(total, 'message')} ({of})?"
 
 
-def _told(action: Action, changed: int) -> str:
+def _told(action: Action, before: Counter[Status]) -> str:
+    changed = before.total()
     if not changed:
         return "Nothing is changed."
     are = f"{many(changed, 'message')} {'is' if changed == 1 else 'are'}"
@@ -265,4 +273,14 @@ def _told(action: Action, changed: int) -> str:
         case Action.SEND_AGAIN | Action.RETRY:
             return f"{are} pending again."
         case Action.CANCEL:
-            return f"{are} cancelled."
+            return "\n".join(_cancelled(before))
+
+
+def _cancelled(before: Counter[Status]) -> Iterator[str]:
+    waited, going, doubtful = (before[status] for status in Action.CANCEL.statuses)
+    if waited:
+        yield f"{many(waited, 'message')} cancelled."
+    if going:
+        yield f"{many(going, 'message')} on the way: cancelled too, if the request has not left."
+    if doubtful:
+        yield f"{many(doubtful, 'message')} in doubt: not sent again by the program itself."

@@ -19,35 +19,38 @@ _ENDS: Final = "SELECT min(o.id) AS first, max(o.id) AS last FROM outbox o"
 # reports, but keep those whose key is young.
 _MESSAGES: Final = """
 WITH seen AS MATERIALIZED (
-    SELECT max(o.id) AS last
-    FROM (SELECT n.id FROM outbox n WHERE n.id > $1 ORDER BY n.id LIMIT $2) o
-),
-old AS MATERIALIZED (
     SELECT
         o.id,
-        coalesce(o.dedup_key IS NOT NULL AND o.created_at > clock_timestamp() - $4::interval, false)
-            AS kept
-    FROM seen s
-    JOIN outbox o ON o.id > $1 AND o.id <= s.last
-    WHERE o.status IN (
+        o.status IN (
             'accepted', 'enroute', 'delivered', 'undeliverable', 'rejected', 'expired', 'cancelled')
-        AND o.status_at < clock_timestamp() - $3::interval
+            AND o.status_at < clock_timestamp() - $3::interval AS old,
+        o.dedup_key IS NOT NULL
+            AND coalesce(o.created_at > clock_timestamp() - $4::interval, false) AS young_key
+    FROM outbox o
+    WHERE o.id > $1
     ORDER BY o.id
-    FOR UPDATE OF o
-),
-attempts AS (
-    DELETE FROM attempt a USING old WHERE a.message_id = old.id AND NOT old.kept
-),
-reports AS (
-    DELETE FROM delivery_report r USING old WHERE r.message_id = old.id AND NOT old.kept
+    LIMIT $2
 ),
 messages AS (
-    DELETE FROM outbox o USING old WHERE o.id = old.id AND NOT old.kept RETURNING o.id
+    DELETE FROM outbox o
+    USING seen s
+    WHERE o.id = s.id
+        AND s.old
+        AND NOT s.young_key
+        AND o.status IN (
+            'accepted', 'enroute', 'delivered', 'undeliverable', 'rejected', 'expired', 'cancelled')
+    RETURNING o.id
+),
+attempts AS (
+    DELETE FROM attempt a USING messages m WHERE a.message_id = m.id
+),
+reports AS (
+    DELETE FROM delivery_report r USING messages m WHERE r.message_id = m.id
 )
 SELECT
-    (SELECT last FROM seen) AS last,
+    (SELECT max(s.id) FROM seen s) AS last,
     (SELECT count(*) FROM messages) AS removed,
-    (SELECT count(*) FROM old WHERE old.kept) AS kept
+    (SELECT count(*) FROM seen s WHERE s.old AND s.young_key) AS kept
 """
 
 # Remove reports for which no message was ever found.

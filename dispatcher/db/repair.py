@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from typing import Final
 
+import asyncpg
 from asyncpg import Record
 
 from dispatcher.db.pool import Session
@@ -55,41 +56,46 @@ SET status = 'pending',
     failures = 0,
     error = NULL,
     recipient = NULL,
+    cancel = false,
     worker_id = CASE WHEN o.status = 'pending' THEN o.worker_id END
 WHERE o.id = ANY ($1::bigint[]) AND o.status IN ('unknown', 'rejected', 'expired', 'pending')
 """
 
-# Never send; an answer that comes late is still recorded.
+# Never send: what waits ends here, what is claimed ends when its worker gives it back, and what is
+# in doubt is not sent again by itself. An answer that comes late is still recorded.
 _CANCEL: Final = """
 UPDATE outbox o
-SET status = 'cancelled', status_at = clock_timestamp()
-WHERE o.id = ANY ($1::bigint[]) AND o.status = 'pending'
+SET status = CASE WHEN o.status = 'pending' THEN 'cancelled' ELSE o.status END,
+    status_at = CASE WHEN o.status = 'pending' THEN clock_timestamp() ELSE o.status_at END,
+    cancel = true
+WHERE o.id = ANY ($1::bigint[]) AND o.status IN ('pending', 'sending', 'unknown')
 """
 
 
 class Action(Enum):
-    """What can be done by hand: from which statuses, how, and whom it wakes."""
+    """What can be done by hand: from which statuses, and how."""
 
-    MARK_SENT = ((Status.UNKNOWN,), _SENT, None)
-    SEND_AGAIN = ((Status.UNKNOWN,), _AGAIN, "outbox")
-    RETRY = ((Status.REJECTED, Status.EXPIRED, Status.PENDING), _AGAIN, "outbox")
-    CANCEL = ((Status.PENDING,), _CANCEL, "cancel")
+    MARK_SENT = ((Status.UNKNOWN,), _SENT)
+    SEND_AGAIN = ((Status.UNKNOWN,), _AGAIN)
+    RETRY = ((Status.REJECTED, Status.EXPIRED, Status.PENDING), _AGAIN)
+    CANCEL = ((Status.PENDING, Status.SENDING, Status.UNKNOWN), _CANCEL)
 
-    def __init__(self, statuses: tuple[Status, ...], change: str, wakes: str | None) -> None:
+    def __init__(self, statuses: tuple[Status, ...], change: str) -> None:
         self.statuses = statuses
         self.change = change
-        self.wakes = wakes
 
     @property
     def sends(self) -> bool:
         """Whether the message is to go out after it."""
-        return self.wakes == "outbox"
+        return self.change == _AGAIN
 
 
-# Count the chosen messages by their status; of the waiting only those that wait for retry_at, if
-# $6 says so.
-_COUNT: Final = """
-SELECT o.status, count(*) AS messages
+# Find the chosen messages, in the order in which they would be claimed; of the waiting only those
+# that wait for retry_at, if $6 says so.
+_CHOOSE: Final = """
+SELECT
+    o.status,
+    array_agg(o.id ORDER BY o.priority DESC, greatest(o.send_after, o.retry_at), o.id) AS ids
 FROM outbox o
 WHERE o.status = ANY ($1::text[])
     AND ($2::bigint[] IS NULL OR o.id = ANY ($2))
@@ -100,32 +106,23 @@ WHERE o.status = ANY ($1::text[])
 GROUP BY o.status
 """
 
-# Lock the next of the chosen messages; tell who may still hold each, and whether it is too late.
-_PICK: Final = """
+# Lock messages that still are as they were chosen; tell who may still hold each, and whether it is
+# too late.
+_LOCK: Final = """
 SELECT
-    o.id,
+    o.id, o.status,
     (
         SELECT w.id FROM worker w WHERE w.id = o.worker_id AND w.lease_until > clock_timestamp()
     ) AS held_by,
     coalesce(o.expires_at <= clock_timestamp(), false) AS too_late
 FROM outbox o
-WHERE o.status = ANY ($1::text[])
-    AND ($2::bigint[] IS NULL OR o.id = ANY ($2))
-    AND ($3::bigint IS NULL OR o.service_id = $3)
-    AND ($4::text IS NULL OR o.batch = $4)
-    AND ($5::interval IS NULL OR o.status_at <= clock_timestamp() - $5::interval)
-    AND (NOT $6 OR o.status <> 'pending' OR o.retry_at > clock_timestamp())
-    AND o.id > $7
+WHERE o.id = ANY ($1::bigint[]) AND o.status = ANY ($2::text[])
 ORDER BY o.id
-LIMIT $8
 FOR NO KEY UPDATE OF o
 """
 
 # Wake the workers.
 _WAKE: Final = "SELECT pg_notify('dispatcher', $1)"
-
-# Plans made for all values alike could not use the indexes that a filter allows.
-_PLAN: Final = "SET plan_cache_mode = force_custom_plan"
 
 # List what is in doubt, the oldest first, with the worker that may still hold it.
 _DOUBTS: Final = """
@@ -147,55 +144,68 @@ ORDER BY o.status_at, o.id
 _STATUSES: Final = "SELECT o.id, o.status FROM outbox o WHERE o.id = ANY ($1::bigint[])"
 
 
+def _values(statuses: Iterable[Status]) -> list[str]:
+    return [status.value for status in statuses]
+
+
 def _filter(choice: Choice) -> list[object]:
     return [choice.ids, choice.service_id, choice.batch, choice.older_than]
 
 
-async def count(session: Session, action: Action, choice: Choice) -> dict[Status, int]:
-    """How many of the chosen messages an action is for, by status. Raises DatabaseLost."""
-    await session.script(_PLAN)
-    statuses = [status.value for status in action.statuses]
-    rows = await session.fetch(_COUNT, statuses, *_filter(choice), action is Action.RETRY)
-    return {Status(row["status"]): row["messages"] for row in rows}
+async def choose(session: Session, action: Action, choice: Choice) -> dict[Status, list[int]]:
+    """The messages that an action is for, by status, those first that go first.
+
+    Raises DatabaseLost.
+    """
+    rows = await session.fetch(
+        _CHOOSE, _values(action.statuses), *_filter(choice), action is Action.RETRY
+    )
+    return {Status(row["status"]): row["ids"] for row in rows}
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What was done in one transaction."""
 
-    changed: list[int]
+    changed: dict[int, Status]
+    """Messages that were changed, each with its status before."""
     held: list[tuple[int, int]]
     """Messages that were let be, each with the worker that may still hold it."""
     too_late: list[int]
     """Messages that were let be because their `expires_at` has passed."""
 
 
-async def act(session: Session, action: Action, choice: Choice) -> AsyncIterator[Step]:
-    """Do something to the chosen messages, step by step. Raises DatabaseLost."""
-    await session.script(_PLAN)
-    statuses = [status.value for status in action.statuses]
-    after = -(2**63)
+async def act(session: Session, action: Action, ids: Sequence[int]) -> AsyncGenerator[Step, None]:
+    """Do something to messages, step by step in their order. Raises DatabaseLost."""
+    for start in range(0, len(ids), BATCH):
+        yield await _step(session, action, ids[start : start + BATCH])
+
+
+async def _step(session: Session, action: Action, ids: Sequence[int]) -> Step:
     while True:
-        step = Step([], [], [])
-        async with session.transaction() as connection:
-            rows = await connection.fetch(
-                _PICK, statuses, *_filter(choice), action is Action.RETRY, after, BATCH
-            )
-            for row in rows:
-                if row["held_by"] is not None and action is not Action.CANCEL:
-                    step.held.append((row["id"], row["held_by"]))
-                elif row["too_late"] and action.sends:
-                    step.too_late.append(row["id"])
-                else:
-                    step.changed.append(row["id"])
-            if step.changed:
-                await connection.execute(action.change, step.changed)
-                if action.wakes is not None:
-                    await connection.fetch(_WAKE, action.wakes)
-        if not rows:
-            return
-        after = rows[-1]["id"]
-        yield step
+        try:
+            async with session.transaction() as connection:
+                return await _change(connection, action, ids)
+        except asyncpg.DeadlockDetectedError:
+            continue  # with a worker that records the same messages in another order
+
+
+async def _change(connection: asyncpg.Connection, action: Action, ids: Sequence[int]) -> Step:
+    step = Step({}, [], [])
+    for row in await connection.fetch(_LOCK, ids, _values(action.statuses)):
+        if row["held_by"] is not None and action is not Action.CANCEL:
+            step.held.append((row["id"], row["held_by"]))
+        elif row["too_late"] and action.sends:
+            step.too_late.append(row["id"])
+        else:
+            step.changed[row["id"]] = Status(row["status"])
+    if step.changed:
+        await connection.execute(action.change, list(step.changed))
+        if action.sends:
+            await connection.fetch(_WAKE, "outbox")
+        elif Status.SENDING in step.changed.values():
+            await connection.fetch(_WAKE, "cancel")
+    return step
 
 
 async def doubts(session: Session, choice: Choice) -> list[Record]:
