@@ -4,34 +4,43 @@ A command's module is loaded when the command is used, so that none waits for wh
 """
 
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
 from dispatcher import __version__
 
+
+class _Command(NamedTuple):
+    place: str
+    """Its module and its name there."""
+    help: str
+
+
 _COMMANDS = {
-    "migrate": "dispatcher.commands.migrate:migrate",
-    "run": "dispatcher.commands.run:run",
-    "demo": "dispatcher.demo:demo",
-    "simulator": "dispatcher.simulator.command:simulator",
-    "check": "dispatcher.commands.check:check",
-    "service": "dispatcher.commands.service:app",
-    "enqueue": "dispatcher.commands.enqueue:enqueue",
-    "status": "dispatcher.commands.status:status",
-    "why": "dispatcher.commands.why:why",
-    "export": "dispatcher.commands.export:export",
-    "retry": "dispatcher.commands.repair:retry",
-    "cancel": "dispatcher.commands.repair:cancel",
-    "resolve": "dispatcher.commands.repair:resolve",
-    "prune": "dispatcher.commands.prune:prune",
+    name: _Command(f"dispatcher.{place}", told)
+    for name, place, told in (
+        ("migrate", "commands.migrate:migrate", "Bring the database's schema up to date."),
+        ("run", "commands.run:run", "Send what is in the outbox, until stopped."),
+        ("demo", "demo:demo", "Watch 2,000 messages go through, in half a minute."),
+        ("simulator", "simulator.command:simulator", "Play the provider, to try things out."),
+        ("check", "commands.check:check", "Check settings, database, provider; send nothing."),
+        ("service", "commands.service:app", "Add, change, list, pause and resume services."),
+        ("enqueue", "commands.enqueue:enqueue", "Put a message, or a CSV file, into the outbox."),
+        ("status", "commands.status:status", "Show how all stands, once or as a live screen."),
+        ("why", "commands.why:why", "Tell one message's story, and what it waits for."),
+        ("export", "commands.export:export", "Write a batch as CSV, with what became of it."),
+        ("retry", "commands.repair:retry", "Send again what was rejected or expired."),
+        ("cancel", "commands.repair:cancel", "Never send what has not left yet."),
+        ("resolve", "commands.repair:resolve", "List what is in doubt, or settle it."),
+        ("prune", "commands.prune:prune", "Remove what is finished and old."),
+    )
 }
 
 
 def _load(command: str) -> Any:
-    module, _, name = _COMMANDS[command].partition(":")
+    module, _, name = _COMMANDS[command].place.partition(":")
     found = getattr(import_module(module), name)
     if isinstance(found, typer.Typer):
         return typer.main.get_command(found)
@@ -44,12 +53,16 @@ class _Commands(TyperGroup):
     """The commands, loaded when asked for; known errors end in a sentence and an exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - as Typer calls it
-        return [name for name, place in _COMMANDS.items() if find_spec(place.partition(":")[0])]
+        return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - as Typer calls it
         if cmd_name in _COMMANDS and cmd_name not in self.commands:
             self.commands[cmd_name] = _load(cmd_name)
         return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - as Typer calls it
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
 
     def invoke(self, ctx: Any) -> Any:
         try:
