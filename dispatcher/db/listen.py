@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-import asyncpg
-
-from dispatcher.db.pool import DatabaseLost, connect, lost, reason
+from dispatcher.db.pool import FAILURES, DatabaseLost, connect, lost, reason
 
 CHANNEL: Final = "dispatcher"
 HEARTBEAT: Final = 10.0
@@ -22,15 +20,16 @@ async def listen(dsn: str, heard: Callable[[str], None], *, timeout: float) -> N
     """
     connection = await connect(dsn, name="dispatcher listen", timeout=timeout)
     try:
-        await connection.add_listener(
-            CHANNEL, lambda _connection, _pid, _channel, payload: heard(str(payload))
-        )
+        async with asyncio.timeout(timeout):
+            await connection.add_listener(
+                CHANNEL, lambda _connection, _pid, _channel, payload: heard(str(payload))
+            )
         heard("")
         while True:
             await asyncio.sleep(HEARTBEAT)
             async with asyncio.timeout(timeout):
                 await connection.fetchval("SELECT 1")
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except FAILURES as error:
         if not lost(error):
             raise
         raise DatabaseLost(reason(error)) from None

@@ -14,14 +14,32 @@ from asyncpg import Record
 
 from dispatcher import clock
 
-__all__ = ["DatabaseClock", "DatabaseLost", "Record", "Session", "connect", "lost", "reason"]
+__all__ = [
+    "FAILURES",
+    "DatabaseClock",
+    "DatabaseLost",
+    "Record",
+    "Session",
+    "connect",
+    "lost",
+    "reason",
+]
 
 PINGS: Final = 12
 """Round trips that the reckoning of the database's clock looks back on."""
 
 _RETRIED: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 _LOST_CLASSES: Final = frozenset({"08", "53", "57", "58", "25", "55"})
-_LOST_STATES: Final = frozenset({"3D000", "28000", "28P01", "XX000", "XX001", "40003"})
+_LOST_STATES: Final = _RETRIED | {"3D000", "28000", "28P01", "XX000", "XX001", "40003"}
+
+FAILURES: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+"""What a connection raises when it, or a statement on it, fails."""
 
 
 class DatabaseLost(Exception):
@@ -35,11 +53,14 @@ def lost(error: BaseException) -> bool:
         return state[:2] in _LOST_CLASSES or state in _LOST_STATES
     if isinstance(error, asyncpg.InterfaceError):
         return "clos" in str(error)  # asyncpg has no class of its own for a closed connection
-    return isinstance(error, OSError | TimeoutError)
+    # A connection that the server ends between two statements upsets the client's own state.
+    return isinstance(error, OSError | TimeoutError | asyncpg.InternalClientError)
 
 
 def reason(error: BaseException) -> str:
     """One short phrase for an error of the connection."""
+    if isinstance(error, asyncpg.InternalClientError):
+        return "the connection was closed"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -64,7 +85,7 @@ async def connect(dsn: str, *, name: str, timeout: float) -> asyncpg.Connection:
                     "timezone": "UTC",
                 },
             )
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except FAILURES as error:
         if lost(error):
             raise DatabaseLost(reason(error)) from None
         raise
@@ -124,7 +145,7 @@ class Session:
             try:
                 async with connection.transaction():
                     yield connection
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except FAILURES as error:
                 if not lost(error):
                     raise
                 self._drop()
@@ -138,7 +159,7 @@ class Session:
         try:
             async with asyncio.timeout(1):
                 await connection.close()
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except FAILURES:
             connection.terminate()
 
     async def _run(self, statement: Callable[[asyncpg.Connection], Any]) -> Any:
@@ -149,7 +170,7 @@ class Session:
                 # a frozen network never comes.
                 async with asyncio.timeout(self._timeout):
                     return await statement(connection)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except FAILURES as error:
                 if getattr(error, "sqlstate", None) in _RETRIED and left:
                     continue
                 if not lost(error):
