@@ -1,0 +1,1 @@
+"""Benchmarks: the dispatcher beside what a user would pick instead, and beside the ceiling."""
