@@ -195,7 +195,7 @@ class _FileToOutbox:
                 await self._check(stage, lines, progress)
                 if self._findings.count:
                     progress.stop()
-                    raise self._refused()
+                    raise self._refused(lines)
                 if not self._messages:
                     raise Failed(f"{self._path} has no messages.")
                 if not self._as_json:
@@ -254,7 +254,7 @@ class _FileToOutbox:
             max(part.last for part in parts if part.last is not None),
         )
 
-    def _refused(self) -> Failed:
+    def _refused(self, lines: CsvFile) -> Failed:
         findings = self._findings
         if self._as_json:
             print_json(
@@ -262,6 +262,8 @@ class _FileToOutbox:
                     "enqueued": 0,
                     "wrong_lines": findings.count,
                     "lines": [asdict(wrong) for wrong in findings.first],
+                    "longest_text": lines.longest,
+                    "texts_too_long": lines.over,
                 }
             )
         else:
@@ -269,8 +271,12 @@ class _FileToOutbox:
                 typer.echo(f"line {wrong.line}: {wrong.reason}", err=True)
             if findings.count > len(findings.first):
                 typer.echo(f"… and {findings.count - len(findings.first)} more", err=True)
-        lines = "1 line is" if findings.count == 1 else f"{findings.count} lines are"
-        return Failed(f"Nothing is enqueued: {lines} wrong in {self._path}.")
+            if lines.over:
+                told = f"{many(lines.over, 'text')} too long, the longest by "
+                told += many(lines.longest - TEXT_LIMIT, "character")
+                typer.echo(told, err=True)
+        are = "1 line is" if findings.count == 1 else f"{findings.count} lines are"
+        return Failed(f"Nothing is enqueued: {are} wrong in {self._path}.")
 
     def _show(self, lines: CsvFile) -> None:
         for line, message in self._preview:
@@ -282,10 +288,7 @@ class _FileToOutbox:
             )
         if self._messages > len(self._preview):
             typer.echo(f"… and {self._messages - len(self._preview)} more")
-        typer.echo(
-            f"The longest text has {many(lines.longest, 'character')} of {TEXT_LIMIT}; "
-            f"{lines.over} are too long."
-        )
+        typer.echo(f"The longest text has {many(lines.longest, 'character')} of {TEXT_LIMIT}.")
         if lines.ignored:
             typer.echo(wrapped(f"Columns not used: {', '.join(map(printable, lines.ignored))}."))
 
