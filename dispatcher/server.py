@@ -127,8 +127,8 @@ class Server:
                 access_log=None,
                 keepalive_timeout=IDLE,
                 lingering_time=LINGER,
-                # A query that is too large still gets its answer, up to twice the limit.
-                max_line_size=2 * LIMIT,
+                # What is longer is cut off, and may miss the answer that it is too large.
+                max_line_size=4 * LIMIT,
                 auto_decompress=False,
             ),
             shutdown_timeout=SHUTDOWN,
@@ -339,7 +339,8 @@ class _Listener(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         if len(self._connections) > CONNECTIONS:
-            transport.abort()
+            # Not before aiohttp has begun with it.
+            asyncio.get_running_loop().call_soon(transport.abort)
 
 
 class _Connection(web.RequestHandler):
