@@ -31,12 +31,14 @@ PERIODS = ("day", "week", "month")
 # ------------------------------------------------------------------ where windows begin
 
 # As the claim and the others write them.
-STARTS = """
+WINDOWS = """
 SELECT
-    date_trunc('day', $1::timestamptz, $2) AS day,
-    date_trunc('week', $1::timestamptz, $2) AS week,
-    date_trunc('month', $1::timestamptz, $2) AS month,
-    (date_trunc('day', $1 AT TIME ZONE $2) + interval '1 day') AT TIME ZONE $2 AS tomorrow
+    date_trunc('day', c.moment, c.zone) AS day,
+    date_trunc('week', c.moment, c.zone) AS week,
+    date_trunc('month', c.moment, c.zone) AS month,
+    (date_trunc('day', c.moment AT TIME ZONE c.zone) + interval '1 day') AT TIME ZONE c.zone
+        AS tomorrow
+FROM unnest($1::timestamptz[], $2::text[]) AS c (moment, zone)
 """
 
 # All rules that people live under: whole and broken hours, clocks changed at midnight, by half an
@@ -111,23 +113,20 @@ def test_windows_are_those_of_the_calendar(
 ) -> None:
     """The database's days, weeks and months are those of Python's calendar, whatever the zone."""
 
-    async def compare() -> None:
+    async def windows() -> list[Record]:
         connection = await asyncpg.connect(calendar)
         try:
-            for moment, name in cases:
-                zone = ZoneInfo(name)
-                today = moment.astimezone(zone).date()
-                row = await connection.fetchrow(STARTS, moment, name)
-                assert row is not None
-                for period, start in row.items():
-                    first = first_day(period, today)
-                    assert start.astimezone(zone).date() == first, (moment, name, period)
-                    if not jumps(first, zone):
-                        assert start == datetime.combine(first, time(), zone), (moment, name)
+            return await connection.fetch(WINDOWS, *zip(*cases, strict=True))
         finally:
             await connection.close()
 
-    asyncio.run(compare())
+    for (moment, name), row in zip(cases, asyncio.run(windows()), strict=True):
+        zone = ZoneInfo(name)
+        for period, start in row.items():
+            first = first_day(period, moment.astimezone(zone).date())
+            assert start.astimezone(zone).date() == first, (moment, name, period)
+            if not jumps(first, zone):
+                assert start == datetime.combine(first, time(), zone), (moment, name, period)
 
 
 # ------------------------------------------------------------------ where windows end
