@@ -1,1 +1,1 @@
-"""The only room that talks to PostgreSQL: whole statements, each above the function that runs it."""
+"""The only room that talks to PostgreSQL: whole statements, each above what runs it."""
