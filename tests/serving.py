@@ -105,8 +105,10 @@ async def serving(database: str, **given: Any) -> AsyncIterator[Serving]:
 
 async def shut(connection: asyncpg.Connection[asyncpg.Record], *, away: bool) -> None:
     """Makes the test's database unreachable for all but this connection, or reachable again."""
-    name = await connection.fetchval("SELECT current_database()")
-    await connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS {not away}')
+    # ALTER DATABASE may not do this to the database it is connected to.
+    await connection.execute(
+        "UPDATE pg_database SET datallowconn = $1 WHERE datname = current_database()", not away
+    )
     if away:
         await connection.execute(
             """
