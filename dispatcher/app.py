@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Final
 
 import structlog
@@ -66,24 +67,39 @@ def _database(settings: Settings) -> Iterator[str]:
 
 
 class DatabaseWatch:
-    """Tells the log, once each, that the database was lost and that it is back."""
+    """Tells the log when a first part has lost the database, and when all have it back."""
 
     def __init__(self) -> None:
-        self.away = True
-        self._told = False
-        self.returned: Callable[[], None] = lambda: None
+        self._reached = False
+        self._without: set[str] = set()
+        self.troubled: Callable[[], None] = lambda: None
+        """Called with each loss, and when the database is back."""
+        self.was_away = False
+        """Whether it was ever lost."""
 
-    def __call__(self, loss: str | None) -> None:
-        """Take a loss as one phrase, or a success as None."""
+    @property
+    def away(self) -> bool:
+        """Whether some part cannot work for want of the database."""
+        return not self._reached or bool(self._without)
+
+    def of(self, part: str) -> Callable[[str | None], None]:
+        """What a part calls with each loss, as one phrase, and with None after a success."""
+        return partial(self._hear, part)
+
+    def _hear(self, part: str, loss: str | None) -> None:
         if loss is not None:
-            if not self._told:
+            if not self._without:
                 log.error("database.lost", reason=loss)
-            self.away = self._told = True
-        elif self.away:
-            if self._told:
+            self.was_away = True
+            self._without.add(part)
+            self.troubled()
+            return
+        self._reached = True
+        if part in self._without:
+            self._without.discard(part)
+            if not self._without:
                 log.info("database.back")
-                self.returned()
-            self.away = self._told = False
+                self.troubled()
 
 
 class App:
@@ -147,6 +163,7 @@ class App:
 
     async def _wait_for_schema(self) -> str | None:
         """Wait for the database; returns what is wrong with its schema, as one sentence."""
+        told = self._watch.of("start")
         while not self._stop.is_set():
             try:
                 if self._settings.database_url is None:
@@ -161,10 +178,10 @@ class App:
             except migrations.SchemaAhead as error:
                 return str(error)
             except DatabaseLost as error:
-                self._watch(str(error))
+                told(str(error))
                 await _either(self._stop.wait(), AGAIN)
                 continue
-            self._watch(None)
+            told(None)
             self._schema_current = schema.current
             return None if schema.current else schema.complaint
         return None
@@ -204,7 +221,7 @@ class App:
                 breaker=breaker,
                 provider=provider,
                 metrics=self._metrics,
-                database=self._watch,
+                database=self._watch.of("claim"),
             )
             recorder = Recorder(
                 records,
@@ -213,10 +230,12 @@ class App:
                 self._metrics,
                 released=worker.released,
                 accepted=server.accepted,
-                database=self._watch,
+                database=self._watch.of("record"),
             )
-            rescuer = Rescuer(settings, rescues, self._metrics, self._watch)
-            self._watch.returned = rescuer.database_was_away
+            rescuer = Rescuer(settings, rescues, self._metrics, self._watch.of("rescue"))
+            self._watch.troubled = rescuer.hold_off
+            if self._watch.was_away:
+                rescuer.hold_off()
             self._metrics.observe(in_flight=lambda: worker.in_flight, lag=lambda: recorder.lag)
             log.info(
                 "worker.started",
@@ -232,7 +251,7 @@ class App:
                 "listen": self._listen(worker, breaker),
                 "rescue": rescuer.run(),
                 "heartbeat": heartbeat.beat(
-                    rescues, settings.egress, recorder.recorded, self._watch
+                    rescues, settings.egress, recorder.recorded, self._watch.of("rescue")
                 ),
                 "server": server.run(),
             }
@@ -247,12 +266,13 @@ class App:
                     await workers.leave(beats, lease.worker_id)
             except (DatabaseLost, TimeoutError) as error:
                 # The lease runs out by itself, and others take what is left.
-                self._watch(str(error) or "no answer in time")
+                self._watch.of("beat")(str(error) or "no answer in time")
             log.info("worker.stopped", worker_id=lease.worker_id)
             return 1 if failed else 0
 
     async def _enter(self, session: Session, lease: Lease, database_clock: DatabaseClock) -> bool:
         """Take up what is spooled and enter the worker; False if told to stop before that."""
+        told = self._watch.of("start")
         while not self._stop.is_set():
             try:
                 await spool.take_up(self._settings.data_dir, session)
@@ -268,10 +288,10 @@ class App:
                 lease.renewed(asked_at)
                 await database_clock.ping(session, 3 * PINGS)
             except DatabaseLost as error:
-                self._watch(str(error))
+                told(str(error))
                 await _either(self._stop.wait(), AGAIN)
                 continue
-            self._watch(None)
+            told(None)
             return True
         return False
 
@@ -325,6 +345,7 @@ class App:
     async def _beat(
         self, session: Session, lease: Lease, database_clock: DatabaseClock, worker: Worker
     ) -> None:
+        told = self._watch.of("beat")
         while True:
             asked_at = clock.now()
             try:
@@ -333,10 +354,10 @@ class App:
                     raise RuntimeError("this worker was deleted from the table 'worker'")
                 lease.renewed(asked_at)
                 await database_clock.ping(session, PINGS)
-                self._watch(None)
+                told(None)
                 worker.reconcile()
             except DatabaseLost as error:
-                self._watch(str(error))
+                told(str(error))
                 await asyncio.sleep(min(AGAIN, lease.seconds / 10))
                 continue
             await asyncio.sleep(lease.seconds / 4)
@@ -349,7 +370,10 @@ class App:
             await asyncio.sleep(WATCHDOG)
 
     async def _listen(self, worker: Worker, breaker: Breaker) -> None:
+        told = self._watch.of("listen")
+
         def heard(payload: str) -> None:
+            told(None)
             kind, _, name = payload.partition(":")
             if kind == "closed" and name == self._settings.egress:
                 breaker.shut()
@@ -361,7 +385,7 @@ class App:
             try:
                 await listen(self._dsn, heard, timeout=self._timeout)
             except DatabaseLost as error:
-                self._watch(str(error))
+                told(str(error))
             await asyncio.sleep(AGAIN)
 
 

@@ -43,8 +43,8 @@ class Rescuer:
         self._retry_at = 0.0
         self._forget_at = 0.0
 
-    def database_was_away(self) -> None:
-        """Give the others a whole lease to beat again, before their rows are taken."""
+    def hold_off(self) -> None:
+        """The database is or was away: give the others a whole lease to beat again."""
         self._rescue_at = clock.now() + self._settings.lease
 
     async def run(self) -> None:
@@ -52,7 +52,6 @@ class Rescuer:
         while True:
             try:
                 await self._round()
-                self._database(None)
             except DatabaseLost as error:
                 self._database(str(error))
             await asyncio.sleep(min(ROUND, self._settings.lease / 6))
@@ -60,6 +59,8 @@ class Rescuer:
     async def _round(self) -> None:
         for row in await outbox.expire(self._session):
             self._tell("message.expired", row)
+        # Before the rescue: should the database be back, the first to notice must wait too.
+        self._database(None)
         now = clock.now()
         if now >= self._retry_at:
             self._retry_at = now + min(5.0, max(0.2, self._settings.unknown_retry_after / 4))
