@@ -67,7 +67,9 @@ async def test_set_changes_only_what_is_given(command: Command, connection: Conn
     done = await command("service", "set", SERVICE, "--day-limit", 6)
 
     assert (done.code, done.out) == (0, "Service 42 is changed.\n")
-    assert await rows(connection, "SELECT name, day_limit, patterns, user_id FROM service") == [("Invoices", 6, ["a"], 7)
+    assert await rows(connection, "SELECT name, day_limit, patterns, user_id FROM service") == [
+        ("Invoices", 6, ["a"], 7)
+    ]
 
 
 async def test_none_clears(command: Command, connection: Connection) -> None:
@@ -162,16 +164,13 @@ async def test_resume_lifts_all_that_holds(command: Command, connection: Connect
     assert (await command("service", "resume", SERVICE)).out == "Service 42 may send.\n"
 
     assert await rows(
-        connection,
-        "SELECT service_id FROM service WHERE paused OR blocked_until IS NOT NULL"
+        connection, "SELECT service_id FROM service WHERE paused OR blocked_until IS NOT NULL"
     ) == [(43,)]
     assert await rows(
-        connection,
-        "SELECT DISTINCT service_id FROM egress_service WHERE blocked_until IS NOT NULL"
+        connection, "SELECT DISTINCT service_id FROM egress_service WHERE blocked_until IS NOT NULL"
     ) == [(43,)]
     assert await rows(
-        connection,
-        "SELECT service_id, used FROM quota_usage WHERE closed_until IS NOT NULL"
+        connection, "SELECT service_id, used FROM quota_usage WHERE closed_until IS NOT NULL"
     ) == [(43, 5)]
     async with asyncio.timeout(30):
         assert await heard.get() == "service"
