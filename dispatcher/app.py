@@ -255,7 +255,12 @@ class App:
                 ),
                 "server": server.run(),
             }
-            failed = await self._serve(worker, recorder, parts)
+            failed = True
+            try:
+                failed = await self._serve(worker, recorder, parts)
+            except* Exception as errors:
+                for error in errors.exceptions:
+                    log.error("worker.failed", exc_info=error)
             left = recorder.unrecorded()
             path = spool.write(settings.data_dir, lease.worker_id, left)
             if path is not None:
@@ -322,10 +327,9 @@ class App:
             if failed:
                 self._stop.set()
                 worker.stop()
-                async with asyncio.TaskGroup() as group:
-                    recording = group.create_task(recorder.run())
-                    await self._drain(worker, recorder, recording)
-                    recording.cancel()
+                recording = sends.create_task(_as_far_as_it_goes(recorder))
+                await self._drain(worker, recorder, recording)
+                recording.cancel()
             for message in list(worker.tasks):
                 message.cancel()
         return failed
@@ -387,6 +391,14 @@ class App:
             except DatabaseLost as error:
                 told(str(error))
             await asyncio.sleep(AGAIN)
+
+
+async def _as_far_as_it_goes(recorder: Recorder) -> None:
+    """Record after a failure; what it cannot take stays in the recorder, for the spool."""
+    try:
+        await recorder.run()
+    except Exception as error:
+        log.error("worker.failed", exc_info=error)
 
 
 async def _forever(part: Awaitable[None]) -> None:

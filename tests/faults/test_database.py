@@ -22,60 +22,70 @@ Fault: TypeAlias = Callable[[Scene], Awaitable[None]]
 
 
 async def restart_fast(scene: Scene) -> None:
+    """The server restarts in order."""
     await scene.postgres.stop("fast")
     await scene.postgres.start()
 
 
 async def restart_immediate(scene: Scene) -> None:
+    """The server crashes and recovers."""
     await scene.postgres.stop("immediate")
     await scene.postgres.start()
 
 
 async def kill(scene: Scene) -> None:
+    """The postmaster is killed."""
     await scene.postgres.kill()
     await scene.postgres.start()
 
 
 async def away(scene: Scene) -> None:
+    """The server is gone for longer than a lease."""
     await scene.postgres.stop("fast")
     await asyncio.sleep(LONG)
     await scene.postgres.start()
 
 
 async def freeze_link(scene: Scene) -> None:
+    """Nothing passes for longer than a lease, and nobody is told."""
     scene.proxy.freeze()
     await asyncio.sleep(LONG)
     scene.proxy.thaw()
 
 
 async def freeze_server(scene: Scene) -> None:
+    """The server stands still for longer than a lease."""
     scene.postgres.freeze()
     await asyncio.sleep(LONG)
     scene.postgres.thaw()
 
 
 async def shut_link(scene: Scene) -> None:
+    """Connections are refused for longer than a lease."""
     scene.proxy.shut()
     await asyncio.sleep(LONG)
     await scene.proxy.listen()
 
 
 async def cut_links(scene: Scene) -> None:
+    """Every connection breaks, again and again."""
     for _ in range(20):
         scene.proxy.cut()
         await asyncio.sleep(0.1)
 
 
 async def terminate_backends(scene: Scene) -> None:
+    """An administrator ends every session, again and again."""
     for _ in range(20):
         await scene.postgres.run(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            f"WHERE datname = '{scene.database}' AND application_name LIKE 'dispatcher%'"
+            "WHERE application_name LIKE 'dispatcher%'"
         )
         await asyncio.sleep(0.1)
 
 
 async def read_only(scene: Scene) -> None:
+    """The server takes no writes, as a standby."""
     await scene.postgres.run(
         "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"
     )
@@ -86,12 +96,14 @@ async def read_only(scene: Scene) -> None:
 
 
 async def disk_full_for_claims(scene: Scene) -> None:
+    """The disk is full whenever a claim comes."""
     trap = scene.proxy.refuse(outbox._CLAIM, "53100")
     await asyncio.sleep(LONG)
     trap.lift()
 
 
 async def disk_full_for_records(scene: Scene) -> None:
+    """The disk is full whenever results come."""
     trap = scene.proxy.refuse(outbox._RECORD, "53100")
     await asyncio.sleep(LONG)
     trap.lift()

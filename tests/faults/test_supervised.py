@@ -1,0 +1,41 @@
+"""What nobody foresaw ends the process, so that a supervisor starts it again."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.harness import until_statuses
+from tests.faults import invariant
+from tests.faults.conftest import Scene
+from tests.faults.texts import add_numbered
+
+
+@pytest.mark.parametrize(
+    ("broken", "mended"),
+    [
+        ("ALTER TABLE outbox RENAME failures TO x", "ALTER TABLE outbox RENAME x TO failures"),
+        ("ALTER TABLE worker RENAME beat_at TO x", "ALTER TABLE worker RENAME x TO beat_at"),
+        ("ALTER TABLE outbox RENAME doubts TO x", "ALTER TABLE outbox RENAME x TO doubts"),
+        ("ALTER TABLE attempt RENAME reply TO x", "ALTER TABLE attempt RENAME x TO reply"),
+        ("DELETE FROM worker", "SELECT 1"),
+    ],
+    ids=["claim", "beat", "rescue", "record", "deleted"],
+)
+async def test_broken_part(scene: Scene, broken: str, mended: str) -> None:
+    """A part that fails ends the worker with a log line and code 1, and no answer is lost."""
+    scene.provider.gate.clear()
+    failing = await scene.worker(concurrency=5, unknown_retry_after=0)
+    await add_numbered(scene.connection, 10)
+    await scene.provider.came(5)
+    await scene.connection.execute(broken)
+    await add_numbered(scene.connection, 1, first=11)
+    scene.provider.gate.set()
+    assert await failing.exited() == 1
+    await failing.event("worker.failed")
+    assert failing.errors == ""
+    await scene.connection.execute(mended)
+    heir = await scene.worker(data_dir=failing.folder)
+    await until_statuses(scene.connection, accepted=11)
+
+    assert await heir.stop() == 0
+    await invariant.hold(scene.connection, scene.provider, failing, heir)
