@@ -55,7 +55,7 @@ BEGIN
             HINT = 'Leave it out of the array.';
     END IF;
     FOREACH pattern IN ARRAY coalesce(NEW.patterns, '{}') LOOP
-        IF pattern ~ '^\*\*\*' OR pattern ~ '^\(\?[a-z]*[^cinpstw)][a-z]*\)' THEN
+        IF pattern ~ '^\*\*\*' OR pattern ~ '^\(\?[a-z]*(?![cinpstw])[a-z]+\)' THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'invalid_regular_expression',
                 MESSAGE = format('The pattern "%s" starts with an unsupported option.', pattern),
