@@ -38,35 +38,28 @@ class Waiting:
 _WAITING = """
 WITH RECURSIVE lane AS (
     (
-        SELECT o.service_id, o.priority
+        SELECT o.service_id, o.priority, greatest(o.send_after, o.retry_at) AS first_due
         FROM outbox o
         WHERE o.status = 'pending'
-        ORDER BY o.service_id, o.priority
+        ORDER BY o.service_id, o.priority, greatest(o.send_after, o.retry_at), o.id
         LIMIT 1
     )
     UNION ALL
-    SELECT next_lane.service_id, next_lane.priority
+    SELECT next_lane.*
     FROM lane
     CROSS JOIN LATERAL (
-        SELECT o.service_id, o.priority
+        SELECT o.service_id, o.priority, greatest(o.send_after, o.retry_at)
         FROM outbox o
         WHERE o.status = 'pending'
             AND (o.service_id, o.priority) > (lane.service_id, lane.priority)
-        ORDER BY o.service_id, o.priority
+        ORDER BY o.service_id, o.priority, greatest(o.send_after, o.retry_at), o.id
         LIMIT 1
     ) next_lane
 ),
 due AS (
     SELECT DISTINCT lane.service_id
     FROM lane
-    WHERE EXISTS (
-        SELECT
-        FROM outbox o
-        WHERE o.status = 'pending'
-            AND o.service_id = lane.service_id
-            AND o.priority = lane.priority
-            AND greatest(o.send_after, o.retry_at) <= clock_timestamp()
-    )
+    WHERE lane.first_due <= clock_timestamp()
 )
 SELECT
     s.service_id,
@@ -96,6 +89,10 @@ async def waiting(session: Session, egress: str) -> list[Waiting]:
     rows = await session.fetch(_WAITING, egress)
     return [Waiting(*row) for row in rows]
 
+
+# The array of ids in an UPDATE keeps the planner, which cannot know how few there are, from reading
+# the whole table for them; a time that is compared with an index is that of the statement, for
+# clock_timestamp() is volatile, and PostgreSQL would look at every entry.
 
 # Claim up to so many messages of each service: lock the service's pace and windows, pick what is
 # due, refuse what must not go, debit the windows and reserve the slots. $1 worker, $2 services,
@@ -192,12 +189,12 @@ picked AS MATERIALIZED (
             ) next_lane
         )
         SELECT
-            first.id, first.text, first.expires_at, first.number,
+            first.id, first.msisdn, first.text, first.expires_at, first.number,
             row_number() OVER () AS turn
         FROM lane
         CROSS JOIN LATERAL (
             SELECT
-                o.id, o.text, o.expires_at,
+                o.id, o.msisdn, o.text, o.expires_at,
                 coalesce(o.recipient, substring(o.msisdn FROM '^[1-9][0-9]{9,14}$')) AS number
             FROM outbox o
             WHERE o.status = 'pending'
@@ -210,6 +207,8 @@ picked AS MATERIALIZED (
         ) first
         LIMIT a.places_allowed
     ) o
+    -- A bound that the planner can see, or it takes a tenth of the table for picked.
+    LIMIT 1000
 ),
 judged AS MATERIALIZED (
     SELECT
@@ -254,7 +253,7 @@ written AS (
         worker_id = CASE WHEN j.verdict = 'sending' THEN $1 END,
         claimed_at = CASE WHEN j.verdict = 'sending' THEN j.now ELSE o.claimed_at END
     FROM judged j
-    WHERE o.id = j.id AND j.verdict IS NOT NULL
+    WHERE o.id = j.id AND j.verdict IS NOT NULL AND o.id = ANY (ARRAY(SELECT k.id FROM judged k))
     RETURNING
         o.id, o.service_id, o.status, o.claim_no, j.number, o.msisdn, o.text, o.extended,
         o.attempts, o.failures, o.expires_at, o.error
@@ -294,10 +293,9 @@ JOIN allowed a USING (service_id)
 LEFT JOIN sendable s USING (id)
 UNION ALL
 SELECT
-    'unread', j.service_id, j.id, NULL, NULL, NULL, NULL, o.msisdn,
+    'unread', j.service_id, j.id, NULL, NULL, NULL, NULL, j.msisdn,
     NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 FROM judged j
-JOIN outbox o USING (id)
 WHERE j.verdict IS NULL
 UNION ALL
 SELECT
@@ -582,8 +580,7 @@ SET status = 'unknown',
     attempts = o.attempts + 1,
     retry_at = NULL,
     error = 'The worker that held it is gone. It may have been sent; see ''dispatcher resolve''.'
-FROM stranded s
-WHERE o.id = s.id
+WHERE o.id = ANY (ARRAY(SELECT s.id FROM stranded s))
 RETURNING o.id, o.service_id, o.status, o.msisdn, o.worker_id, o.attempts, o.reply, o.error
 """
 
@@ -603,7 +600,7 @@ WITH again AS MATERIALIZED (
     FROM service s
     JOIN outbox o ON o.service_id = s.service_id AND o.status = 'unknown'
     WHERE s.on_unknown = 'retry'
-        AND o.status_at <= clock_timestamp() - make_interval(secs => $1)
+        AND o.status_at <= statement_timestamp() - make_interval(secs => $1)
         AND o.doubts < $2
         AND NOT o.cancel
     LIMIT 1000
@@ -614,8 +611,7 @@ SET status = 'pending',
     status_at = clock_timestamp(),
     doubts = o.doubts + 1,
     retry_at = NULL
-FROM again a
-WHERE o.id = a.id
+WHERE o.id = ANY (ARRAY(SELECT a.id FROM again a))
 RETURNING o.id, o.service_id, o.status, o.msisdn, o.attempts, o.reply, o.error
 """
 
@@ -636,7 +632,7 @@ _EXPIRE = """
 WITH late AS MATERIALIZED (
     SELECT o.id
     FROM outbox o
-    WHERE o.status = 'pending' AND o.expires_at <= clock_timestamp()
+    WHERE o.status = 'pending' AND o.expires_at <= statement_timestamp()
     ORDER BY o.expires_at
     LIMIT 1000
     FOR NO KEY UPDATE SKIP LOCKED
@@ -645,8 +641,7 @@ UPDATE outbox o
 SET status = 'expired',
     status_at = clock_timestamp(),
     error = 'Its expires_at passed before it could be sent.'
-FROM late l
-WHERE o.id = l.id
+WHERE o.id = ANY (ARRAY(SELECT l.id FROM late l))
 RETURNING o.id, o.service_id, o.status, o.msisdn, o.attempts, o.reply, o.error
 """
 
