@@ -114,6 +114,7 @@ class App:
         self._stop = asyncio.Event()
         self._metrics = Metrics()
         self._worker: Worker | None = None
+        self._spool: Callable[[], None] = lambda: None
         self._schema_current = False
 
     async def run(self) -> int:
@@ -139,10 +140,14 @@ class App:
 
     def _handle_signals(self) -> None:
         def handle() -> None:
-            if self._stop.is_set():
+            if not self._stop.is_set():
+                self._stop.set()
+                return
+            try:
+                self._spool()
                 sys.stdout.flush()
+            finally:
                 os._exit(1)
-            self._stop.set()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -233,6 +238,7 @@ class App:
                 database=self._watch.of("record"),
             )
             rescuer = Rescuer(settings, rescues, self._metrics, self._watch.of("rescue"))
+            self._spool = partial(self._spool_unrecorded, recorder, lease.worker_id)
             self._watch.troubled = rescuer.hold_off
             if self._watch.was_away:
                 rescuer.hold_off()
@@ -261,10 +267,7 @@ class App:
             except* Exception as errors:
                 for error in errors.exceptions:
                     log.error("worker.failed", exc_info=error)
-            left = recorder.unrecorded()
-            path = spool.write(settings.data_dir, lease.worker_id, left)
-            if path is not None:
-                log.warning("spool.written", results=len(left), file=path.name)
+            self._spool()
             try:
                 async with asyncio.timeout(WRITE_BACK):
                     await worker.release_lost_claims()
@@ -274,6 +277,12 @@ class App:
                 self._watch.of("beat")(str(error) or "no answer in time")
             log.info("worker.stopped", worker_id=lease.worker_id)
             return 1 if failed else 0
+
+    def _spool_unrecorded(self, recorder: Recorder, worker_id: int) -> None:
+        left = recorder.unrecorded()
+        path = spool.write(self._settings.data_dir, worker_id, left)
+        if path is not None:
+            log.warning("spool.written", results=len(left), file=path.name)
 
     async def _enter(self, session: Session, lease: Lease, database_clock: DatabaseClock) -> bool:
         """Take up what is spooled and enter the worker; False if told to stop before that."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+from uuid import uuid4
 
 import orjson
 import structlog
@@ -15,6 +17,8 @@ from dispatcher.db import outbox
 from dispatcher.db.pool import Session
 from dispatcher.domain.message import Status
 from dispatcher.domain.outcomes import Outcome
+
+T = TypeVar("T")
 
 BATCH: Final = 500
 
@@ -27,12 +31,15 @@ def write(data_dir: Path, worker_id: int, results: Sequence[outbox.Result]) -> P
         return None
     folder = data_dir / "spool"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{worker_id}-{os.getpid()}.jsonl"
-    with path.open("ab") as file:
+    path = folder / f"{worker_id}-{uuid4().hex}.jsonl"
+    # Another worker that starts meanwhile must not take up half of it.
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("xb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.writelines(orjson.dumps(_flat(result)) + b"\n" for result in results)
         file.flush()
         os.fsync(file.fileno())
+    unfinished.rename(path)
     _sync(folder)
     return path
 
@@ -40,14 +47,23 @@ def write(data_dir: Path, worker_id: int, results: Sequence[outbox.Result]) -> P
 async def take_up(data_dir: Path, session: Session) -> int:
     """Record what earlier runs left behind, then remove it; returns how many results were new.
 
-    Raises DatabaseLost; what was not recorded stays.
+    A file with a line that cannot be read is kept as `.torn`. Raises DatabaseLost; what was not
+    recorded stays.
     """
     recorded = 0
     for path in sorted((data_dir / "spool").glob("*.jsonl")):
-        results = list(_read(path))
+        try:
+            results = list(_read(path))
+            whole = len(results) == len(path.read_bytes().splitlines())
+        except FileNotFoundError:
+            continue  # another worker that starts now has taken it up
         for start in range(0, len(results), BATCH):
             recorded += len(await outbox.record(session, results[start : start + BATCH]))
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if whole:
+                path.unlink()
+            else:
+                path.rename(path.with_suffix(".torn"))
         log.info("spool.taken_up", results=len(results), recorded=recorded)
     return recorded
 
@@ -72,19 +88,23 @@ def _read(path: Path) -> Iterable[outbox.Result]:
                 service_id=int(flat["service_id"]),
                 outcome=Outcome(
                     Status(flat["status"]),
-                    reply=flat.get("reply"),
-                    provider_id=flat.get("provider_id"),
-                    error=flat.get("error"),
+                    reply=_optional(str, flat.get("reply")),
+                    provider_id=_optional(str, flat.get("provider_id")),
+                    error=_optional(str, flat.get("error")),
                     counts_attempt=bool(flat.get("counts_attempt", True)),
                     costs_quota=bool(flat.get("costs_quota", True)),
                 ),
-                retry_in=flat.get("retry_in"),
+                retry_in=_optional(float, flat.get("retry_in")),
                 failed=bool(flat.get("failed", False)),
-                sent_ago=flat.get("sent_ago"),
+                sent_ago=_optional(float, flat.get("sent_ago")),
                 seconds=float(flat.get("seconds", 0.0)),
             )
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
             log.error("spool.torn", file=path.name, line=number)
+
+
+def _optional(kind: Callable[[Any], T], value: object) -> T | None:
+    return None if value is None else kind(value)
 
 
 def _sync(folder: Path) -> None:
