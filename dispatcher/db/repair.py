@@ -8,7 +8,6 @@ from datetime import timedelta
 from enum import Enum
 from typing import Final
 
-import asyncpg
 from asyncpg import Record
 
 from dispatcher.db.pool import Session
@@ -34,42 +33,96 @@ class Choice:
         return self == Choice()
 
 
-# Mark as sent what is in doubt.
-_SENT: Final = """
-UPDATE outbox o
-SET status = 'accepted',
-    status_at = clock_timestamp(),
-    accepted_at = clock_timestamp(),
-    retry_at = NULL,
-    error = NULL,
-    worker_id = NULL
-WHERE o.id = ANY ($1::bigint[]) AND o.status = 'unknown'
+# Lock those of the messages in $1 that still have one of the statuses in $2; tell who may hold
+# each, and whether it is too late.
+_LOCKED: Final = """
+locked AS MATERIALIZED (
+    SELECT
+        o.id, o.status,
+        (
+            SELECT w.id
+            FROM worker w
+            WHERE w.id = o.worker_id AND w.lease_until > clock_timestamp()
+        ) AS held_by,
+        coalesce(o.expires_at <= clock_timestamp(), false) AS too_late
+    FROM outbox o
+    WHERE o.id = ANY ($1::bigint[]) AND o.status = ANY ($2::text[])
+    ORDER BY o.id
+    FOR NO KEY UPDATE OF o
+)
 """
+
+# Mark as sent what is in doubt.
+_SENT: Final = f"""
+WITH {_LOCKED},
+changed AS (
+    UPDATE outbox o
+    SET status = 'accepted',
+        status_at = clock_timestamp(),
+        accepted_at = clock_timestamp(),
+        retry_at = NULL,
+        error = NULL,
+        worker_id = NULL
+    FROM locked l
+    WHERE o.id = l.id AND l.held_by IS NULL
+    RETURNING o.id
+)
+SELECT l.id, l.status, l.held_by, l.too_late, c.id IS NOT NULL AS changed
+FROM locked l
+LEFT JOIN changed c USING (id)
+ORDER BY l.id
+"""  # noqa: S608 - of constants only
 
 # Send again: without a worker, no late answer can touch the message any more; without a
 # recipient, its number is read again, for it may have been put right.
-_AGAIN: Final = """
-UPDATE outbox o
-SET status = 'pending',
-    status_at = CASE WHEN o.status = 'pending' THEN o.status_at ELSE clock_timestamp() END,
-    retry_at = NULL,
-    failures = 0,
-    error = NULL,
-    recipient = NULL,
-    cancel = false,
-    worker_id = CASE WHEN o.status = 'pending' THEN o.worker_id END
-WHERE o.id = ANY ($1::bigint[]) AND o.status IN ('unknown', 'rejected', 'expired', 'pending')
-"""
+_AGAIN: Final = f"""
+WITH {_LOCKED},
+changed AS (
+    UPDATE outbox o
+    SET status = 'pending',
+        status_at = CASE WHEN o.status = 'pending' THEN o.status_at ELSE clock_timestamp() END,
+        retry_at = NULL,
+        failures = 0,
+        error = NULL,
+        recipient = NULL,
+        cancel = false,
+        worker_id = CASE WHEN o.status = 'pending' THEN o.worker_id END
+    FROM locked l
+    WHERE o.id = l.id AND l.held_by IS NULL AND NOT l.too_late
+    RETURNING o.id
+),
+woken AS MATERIALIZED (
+    SELECT pg_notify('dispatcher', 'outbox') FROM (SELECT FROM changed LIMIT 1) any_changed
+)
+SELECT l.id, l.status, l.held_by, l.too_late, c.id IS NOT NULL AS changed
+FROM locked l
+LEFT JOIN changed c USING (id)
+LEFT JOIN woken ON true
+ORDER BY l.id
+"""  # noqa: S608 - of constants only
 
 # Never send: what waits ends here, what is claimed ends when its worker gives it back, and what is
 # in doubt is not sent again by itself. An answer that comes late is still recorded.
-_CANCEL: Final = """
-UPDATE outbox o
-SET status = CASE WHEN o.status = 'pending' THEN 'cancelled' ELSE o.status END,
-    status_at = CASE WHEN o.status = 'pending' THEN clock_timestamp() ELSE o.status_at END,
-    cancel = true
-WHERE o.id = ANY ($1::bigint[]) AND o.status IN ('pending', 'sending', 'unknown')
-"""
+_CANCEL: Final = f"""
+WITH {_LOCKED},
+changed AS (
+    UPDATE outbox o
+    SET status = CASE WHEN o.status = 'pending' THEN 'cancelled' ELSE o.status END,
+        status_at = CASE WHEN o.status = 'pending' THEN clock_timestamp() ELSE o.status_at END,
+        cancel = true
+    FROM locked l
+    WHERE o.id = l.id
+    RETURNING o.id, o.status
+),
+recalled AS MATERIALIZED (
+    SELECT pg_notify('dispatcher', 'cancel')
+    FROM (SELECT FROM changed WHERE status = 'sending' LIMIT 1) any_sending
+)
+SELECT l.id, l.status, l.held_by, l.too_late, true AS changed
+FROM locked l
+LEFT JOIN recalled ON true
+ORDER BY l.id
+"""  # noqa: S608 - of constants only
 
 
 class Action(Enum):
@@ -83,11 +136,6 @@ class Action(Enum):
     def __init__(self, statuses: tuple[Status, ...], change: str) -> None:
         self.statuses = statuses
         self.change = change
-
-    @property
-    def sends(self) -> bool:
-        """Whether the message is to go out after it."""
-        return self.change == _AGAIN
 
 
 # Find the chosen messages, in the order in which they would be claimed; of the waiting only those
@@ -105,24 +153,6 @@ WHERE o.status = ANY ($1::text[])
     AND (NOT $6 OR o.status <> 'pending' OR o.retry_at > clock_timestamp())
 GROUP BY o.status
 """
-
-# Lock messages that still are as they were chosen; tell who may still hold each, and whether it is
-# too late.
-_LOCK: Final = """
-SELECT
-    o.id, o.status,
-    (
-        SELECT w.id FROM worker w WHERE w.id = o.worker_id AND w.lease_until > clock_timestamp()
-    ) AS held_by,
-    coalesce(o.expires_at <= clock_timestamp(), false) AS too_late
-FROM outbox o
-WHERE o.id = ANY ($1::bigint[]) AND o.status = ANY ($2::text[])
-ORDER BY o.id
-FOR NO KEY UPDATE OF o
-"""
-
-# Wake the workers.
-_WAKE: Final = "SELECT pg_notify('dispatcher', $1)"
 
 # List what is in doubt, the oldest first, with the worker that may still hold it.
 _DOUBTS: Final = """
@@ -178,34 +208,17 @@ class Step:
 async def act(session: Session, action: Action, ids: Sequence[int]) -> AsyncGenerator[Step, None]:
     """Do something to messages, step by step in their order. Raises DatabaseLost."""
     for start in range(0, len(ids), BATCH):
-        yield await _step(session, action, ids[start : start + BATCH])
-
-
-async def _step(session: Session, action: Action, ids: Sequence[int]) -> Step:
-    while True:
-        try:
-            async with session.transaction() as connection:
-                return await _change(connection, action, ids)
-        except asyncpg.DeadlockDetectedError:
-            continue  # with a worker that records the same messages in another order
-
-
-async def _change(connection: asyncpg.Connection, action: Action, ids: Sequence[int]) -> Step:
-    step = Step({}, [], [])
-    for row in await connection.fetch(_LOCK, ids, _values(action.statuses)):
-        if row["held_by"] is not None and action is not Action.CANCEL:
-            step.held.append((row["id"], row["held_by"]))
-        elif row["too_late"] and action.sends:
-            step.too_late.append(row["id"])
-        else:
-            step.changed[row["id"]] = Status(row["status"])
-    if step.changed:
-        await connection.execute(action.change, list(step.changed))
-        if action.sends:
-            await connection.fetch(_WAKE, "outbox")
-        elif Status.SENDING in step.changed.values():
-            await connection.fetch(_WAKE, "cancel")
-    return step
+        step = Step({}, [], [])
+        for row in await session.fetch(
+            action.change, ids[start : start + BATCH], _values(action.statuses)
+        ):
+            if row["changed"]:
+                step.changed[row["id"]] = Status(row["status"])
+            elif row["held_by"] is not None:
+                step.held.append((row["id"], row["held_by"]))
+            else:
+                step.too_late.append(row["id"])
+        yield step
 
 
 async def doubts(session: Session, choice: Choice) -> list[Record]:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,7 +32,7 @@ class Outcome:
         return json.loads(self.out)
 
 
-Command: TypeAlias = Callable[..., Awaitable[Outcome]]
+Command: TypeAlias = Callable[..., Coroutine[Any, Any, Outcome]]
 
 
 async def rows(connection: Connection, query: str, *args: object) -> list[tuple[Any, ...]]:

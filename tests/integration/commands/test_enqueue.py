@@ -259,8 +259,10 @@ async def test_one_wrong_line_at_the_end(
             "msisdn,text,sendafter\n",
             [],
             1,
-            ("people.csv cannot be used: the column 'sendafter' is none of the table outbox; "
-            "only a template (--text) takes other columns."),
+            (
+                "people.csv cannot be used: the column 'sendafter' is none of the table outbox; "
+                "only a template (--text) takes other columns."
+            ),
         ),
         (
             "msisdn,text\n",
