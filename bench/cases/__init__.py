@@ -1,0 +1,1 @@
+"""The cases, each a coroutine `measure(server, size)` that returns what it found."""
