@@ -271,7 +271,7 @@ class Worker:
         if probe_at is None or probe_at > clock.now() or self._free() <= 0:
             return False
         candidates = [
-            w.service_id
+            w
             for w in await outbox.waiting(self._session, self._settings.egress)
             if w.may_send or w.probe_due
         ]
@@ -282,10 +282,12 @@ class Worker:
             self._breaker.know(await egress.state(self._session, self._settings.egress))
             return False
         log.info("egress.probing", egress=self._settings.egress)
-        for service in candidates:
-            before = len(self.held)
-            await self._claim({service: 1}, probe_egress=True, probe_service=True)
-            if len(self.held) > before:
+        for candidate in candidates:
+            if await self._claim(
+                {candidate.service_id: 1},
+                probe_egress=True,
+                probe_service=candidate.probe_due,
+            ):
                 break
         else:
             await egress.return_probe(self._session, self._settings.egress)
@@ -294,7 +296,8 @@ class Worker:
 
     async def _claim(
         self, asked: dict[int, int], *, probe_egress: bool = False, probe_service: bool = False
-    ) -> None:
+    ) -> int:
+        """Claim up to the places asked for and begin to send; returns how many messages."""
         began = clock.now()
         try:
             claim = await outbox.claim(
@@ -306,7 +309,7 @@ class Worker:
             )
         except outbox.ClaimRefused as error:
             await self._isolate(asked, error)
-            return
+            return 0
         except DatabaseLost:
             self._reclaim_due = True
             raise
@@ -345,6 +348,7 @@ class Worker:
         if not seen:
             # The egress or the lease is closed by the database's word; ours is out of date.
             self._egress_stale = True
+        return len(claim.sending)
 
     async def _isolate(self, asked: dict[int, int], error: outbox.ClaimRefused) -> None:
         """Find the service whose rows make the claim fail, and leave it alone for a while."""
