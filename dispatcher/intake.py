@@ -30,9 +30,9 @@ BATCH: Final = 500
 """Reports stored by one statement at most."""
 
 CROWD: Final = 8
-GATHER: Final = 0.01
+GATHER: Final = 0.03
 """After more than `CROWD` reports at once the next have these seconds to gather, or until as many
-are there again: a statement costs as much as some twenty reports in it."""
+are there again: a statement by itself costs the database as much as thirty reports in it."""
 
 AGAIN: Final = 0.5
 """Seconds between two tries while the database is away."""
