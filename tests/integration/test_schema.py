@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,10 +17,37 @@ from dispatcher.db.pool import DatabaseLost
 from dispatcher.domain.message import Status
 from dispatcher.embedded import EmbeddedPostgres
 from tests.builders import NUMBER, SERVICE, TEXT, add_message, add_messages, add_service
-from tests.conftest import database_dsn
+from tests.conftest import TEMPLATE, database_dsn
 from tests.integration.peers import Connection, message, peer
 
 NOW = datetime.now(UTC)
+
+
+@pytest.fixture(scope="module")
+def shared_database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """One database for all tests that leave nothing behind."""
+    name = f"shared_{os.getpid()}"
+
+    async def run(statement: str) -> None:
+        connection = await asyncpg.connect(postgres.dsn)
+        await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(run(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
+    yield database_dsn(postgres.dsn, name)
+    asyncio.run(run(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+async def undone(shared_database: str) -> AsyncIterator[Connection]:
+    """A connection whose work is taken back."""
+    connection = await asyncpg.connect(shared_database)
+    transaction = connection.transaction()
+    await transaction.start()
+    yield connection
+    await transaction.rollback()
+    await connection.close()
+
 
 # ------------------------------------------------------------------ what users rely on
 
@@ -78,10 +106,10 @@ WHERE a.attrelid = $1::text::regclass AND a.attnum > 0 AND NOT a.attisdropped
     ("table", "documented"), [("service", SERVICE_COLUMNS), ("outbox", OUTBOX_COLUMNS)]
 )
 async def test_columns_of_users(
-    connection: Connection, table: str, documented: dict[str, tuple[str, str | None, bool]]
+    undone: Connection, table: str, documented: dict[str, tuple[str, str | None, bool]]
 ) -> None:
     """Each documented column has its type and its default, and no other one must be given."""
-    found = {name: tuple(rest) for name, *rest in await connection.fetch(COLUMNS, table)}
+    found = {name: tuple(rest) for name, *rest in await undone.fetch(COLUMNS, table)}
 
     assert {name: found[name] for name in documented} == documented
     assert all(
@@ -90,21 +118,21 @@ async def test_columns_of_users(
 
 
 @pytest.mark.parametrize("table", OTHER_COLUMNS)
-async def test_columns_of_readers(connection: Connection, table: str) -> None:
+async def test_columns_of_readers(undone: Connection, table: str) -> None:
     """What readers rely on is there."""
-    found = {row["attname"] for row in await connection.fetch(COLUMNS, table)}
+    found = {row["attname"] for row in await undone.fetch(COLUMNS, table)}
 
     assert found >= OTHER_COLUMNS[table]
 
 
-async def test_three_columns_are_enough(connection: Connection) -> None:
+async def test_three_columns_are_enough(undone: Connection) -> None:
     """A service needs its two numbers, and a message its service, its number and its text."""
-    await connection.execute("INSERT INTO service (service_id, user_id) VALUES (42, 7)")
-    await connection.execute(
+    await undone.execute("INSERT INTO service (service_id, user_id) VALUES (42, 7)")
+    await undone.execute(
         "INSERT INTO outbox (service_id, msisdn, text) VALUES (42, $1, $2)", NUMBER, TEXT
     )
 
-    row = await connection.fetchrow("SELECT * FROM outbox")
+    row = await undone.fetchrow("SELECT * FROM outbox")
     assert row is not None
     assert (row["status"], row["extended"], row["attempts"]) == ("pending", True, 0)
     assert row["send_after"] == row["created_at"] == row["status_at"]
@@ -121,12 +149,12 @@ async def test_three_columns_are_enough(connection: Connection) -> None:
     ],
 )
 async def test_bad_message_breaks_no_transaction(
-    connection: Connection, msisdn: str, text: str
+    undone: Connection, msisdn: str, text: str
 ) -> None:
     """An insert never fails for what a number or a text is, and keeps it as it is."""
-    await add_service(connection)
+    await add_service(undone)
 
-    row = await message(connection, await add_message(connection, msisdn=msisdn, text=text))
+    row = await message(undone, await add_message(undone, msisdn=msisdn, text=text))
 
     assert (row["msisdn"], row["text"]) == (msisdn, text)
 
@@ -150,22 +178,22 @@ async def test_bad_message_breaks_no_transaction(
         {"status": "rejected", "provider_id": "abc"},
     ],
 )
-async def test_impossible_message(connection: Connection, columns: dict[str, object]) -> None:
+async def test_impossible_message(undone: Connection, columns: dict[str, object]) -> None:
     """A message in a state that cannot be is refused."""
-    await add_service(connection)
+    await add_service(undone)
 
     with pytest.raises(asyncpg.IntegrityConstraintViolationError):
-        await add_message(connection, **columns)
+        await add_message(undone, **columns)
 
 
 @pytest.mark.parametrize("status", Status)
-async def test_every_status(connection: Connection, status: Status) -> None:
+async def test_every_status(undone: Connection, status: Status) -> None:
     """Each documented status can be stored."""
-    await add_service(connection)
+    await add_service(undone)
     held: dict[str, object] = {"worker_id": 1, "claimed_at": NOW}
 
     assert await add_message(
-        connection, status=status.value, **held if status is Status.SENDING else {}
+        undone, status=status.value, **held if status is Status.SENDING else {}
     )
 
 
@@ -181,10 +209,10 @@ async def test_every_status(connection: Connection, status: Status) -> None:
         {"blocked_reason": "INVALID_INPUT"},
     ],
 )
-async def test_impossible_service(connection: Connection, columns: dict[str, Any]) -> None:
+async def test_impossible_service(undone: Connection, columns: dict[str, Any]) -> None:
     """A service that cannot be is refused."""
     with pytest.raises(asyncpg.CheckViolationError):
-        await add_service(connection, **columns)
+        await add_service(undone, **columns)
 
 
 async def test_same_key_once_in_a_service(connection: Connection) -> None:
@@ -211,9 +239,9 @@ async def test_same_key_once_in_a_service(connection: Connection) -> None:
 @pytest.mark.parametrize(
     "zone", ["UTC", "Europe/Sofia", "America/St_Johns", "EET", "<X>+03:30", "EST5EDT"]
 )
-async def test_zone_that_postgresql_knows(connection: Connection, zone: str) -> None:
+async def test_zone_that_postgresql_knows(undone: Connection, zone: str) -> None:
     """Any time zone that PostgreSQL takes is taken."""
-    await add_service(connection, timezone=zone)
+    await add_service(undone, timezone=zone)
 
 
 @pytest.mark.parametrize("zone", ["", "Europe/Sofja", "Sofia", "'; SELECT 1; --"])
@@ -248,12 +276,10 @@ async def test_zone_that_it_does_not(connection: Connection, zone: str) -> None:
         (["a", None], "A pattern is null."),
     ],
 )
-async def test_pattern_that_is_none(
-    connection: Connection, patterns: list[str], sentence: str
-) -> None:
+async def test_pattern_that_is_none(undone: Connection, patterns: list[str], sentence: str) -> None:
     """A pattern that could only fail in the middle of a claim is refused when it is written."""
     with pytest.raises(asyncpg.PostgresError) as caught:
-        await add_service(connection, patterns=patterns)
+        await add_service(undone, patterns=patterns)
 
     assert sentence in (caught.value.message or "")
     assert caught.value.hint
@@ -286,12 +312,12 @@ MATCHES: list[tuple[str, list[str], list[str]]] = [
 
 @pytest.mark.parametrize(("pattern", "good", "bad"), MATCHES)
 async def test_pattern_matches_the_whole_text(
-    connection: Connection, pattern: str, good: list[str], bad: list[str]
+    undone: Connection, pattern: str, good: list[str], bad: list[str]
 ) -> None:
     """A pattern must match a text from its first character to its last, whatever it is made of."""
-    await add_service(connection, patterns=[pattern])
+    await add_service(undone, patterns=[pattern])
 
-    found = await connection.fetch(
+    found = await undone.fetch(
         "SELECT t, t ~ dispatcher_whole_pattern($1) AS matches FROM unnest($2::text[]) AS t",
         pattern,
         good + bad,
