@@ -69,6 +69,19 @@ def lasting(length: timedelta | float) -> str:
     return f"{left} s"
 
 
+def infinity(time: datetime) -> str | None:
+    """The name of a time that PostgreSQL calls infinite; None for any other."""
+    match time.replace(tzinfo=None):
+        case datetime.max:  # noqa: DTZ901 - what asyncpg reads it as
+            return "infinity"
+        case datetime.min:  # noqa: DTZ901 - likewise
+            return "-infinity"
+    return None
+
+
 def local(time: datetime) -> str:
     """A time by the zone of this machine: `2026-11-22 18:00:05 +0200`."""
+    endless = infinity(time)
+    if endless is not None:
+        return endless
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S %z")

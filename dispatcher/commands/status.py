@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import defaultdict
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -49,7 +49,7 @@ def status(
             use(settings, _watch)
         except KeyboardInterrupt:
             return
-    found = document(use(settings, overview), datetime.now(UTC))
+    found = document(use(settings, overview))
     if json:
         print_json(found)
     else:
@@ -63,7 +63,7 @@ async def _watch(session: Session) -> None:
         while True:
             begun = time.monotonic()
             try:
-                now: RenderableType = screen(document(await overview(session), datetime.now(UTC)))
+                now: RenderableType = screen(document(await overview(session)))
             except DatabaseLost as error:
                 now = Text(f"The database cannot be used ({error}); trying again.")
             live.update(now, refresh=True)
@@ -72,7 +72,7 @@ async def _watch(session: Session) -> None:
             await asyncio.sleep(max(EVERY, 10 * (time.monotonic() - begun)))
 
 
-def document(found: Overview, now: datetime) -> dict[str, Any]:
+def document(found: Overview) -> dict[str, Any]:
     """How all stands, as `--json` prints it: ages in seconds, numbers masked, no texts."""
     counts = dict.fromkeys(Status, 0)
     for row in found.counts:
@@ -81,7 +81,7 @@ def document(found: Overview, now: datetime) -> dict[str, Any]:
         counts[status_] = sum(row[name] for row in found.services)
     ages = [row["oldest_due_age"] for row in found.services if row["oldest_due_age"] is not None]
     return {
-        "now": now,
+        "now": found.now,
         "counts": {status_.value: count for status_, count in counts.items()},
         "estimated": found.share < 1,
         "due": sum(row["due"] for row in found.services),
@@ -192,8 +192,9 @@ def _window(window: dict[str, Any]) -> str:
     until = (window["closed_until"] or window["next_window"]).astimezone()
     used, limit = window["used"], window["limit"]
     share = 1.0 if window["closed_until"] or not limit else used / limit
-    told = "closed by provider" if window["closed_until"] else f"{used:,}/{limit:,}"
-    return f"{bar(share)} {told} a {window['period']}\n  then {until:%a %d %b %H:%M}"
+    period = window["period"]
+    told = f"closed this {period}" if window["closed_until"] else f"{used:,}/{limit:,} a {period}"
+    return f"{bar(share)} {told}\n  then {until:%a %d %b %H:%M}"
 
 
 def _state(service: dict[str, Any]) -> str:

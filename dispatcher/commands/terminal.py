@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dispatcher.commands.moments import infinity
+
 WIDTH = 80
 
 
@@ -37,7 +39,10 @@ def _plain(value: Any) -> object:
 
 
 def utc(time: datetime) -> str:
-    """A time in ISO 8601, UTC."""
+    """A time in ISO 8601, UTC; `infinity` or `-infinity` as PostgreSQL has them."""
+    endless = infinity(time)
+    if endless is not None:
+        return endless
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 

@@ -1,6 +1,7 @@
 """The command `dispatcher why`."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any
@@ -136,8 +137,9 @@ def _no_quota(found: Story) -> Iterator[Hold]:
 def _turn(found: Story) -> Iterator[Hold]:
     message = found.message
     count = f"{AHEAD} or more" if found.ahead == AHEAD else str(found.ahead)
-    begin = max(message["now"], message["next_slot"] or message["now"])
-    until = begin + found.ahead * message["delay"]
+    until = max(message["now"], message["next_slot"] or message["now"])
+    with suppress(OverflowError):  # a delay that outlasts the calendar has no such time
+        until += found.ahead * message["delay"]
     if until > message["now"] + SLACK:
         pace = lasting(message["delay"])
         yield Hold(f"Before it go {count} of its service, one each {pace}.", until)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from asyncpg import Record
@@ -25,9 +26,9 @@ FROM outbox o TABLESAMPLE SYSTEM ((SELECT least(100, $1 * 100.0 / greatest(1, p.
 GROUP BY o.status
 """
 
-# Tell how large the sample is, from 0 to 1.
-_SHARE: Final = """
-SELECT least(1, $1::float8 / greatest(1, p.pages)) AS share
+# Tell the time, and how large the sample is, from 0 to 1.
+_SAMPLE: Final = """
+SELECT clock_timestamp() AS now, least(1, $1::float8 / greatest(1, p.pages)) AS share
 FROM (SELECT pg_relation_size('outbox') / current_setting('block_size')::bigint) p (pages)
 """
 
@@ -127,6 +128,8 @@ LIMIT $2
 class Overview:
     """Rows as the statements above return them."""
 
+    now: datetime
+    """The database's time."""
     share: float
     """How much of the outbox was counted, up to 1: the counts are to be divided by it."""
     counts: list[Record]
@@ -140,8 +143,10 @@ class Overview:
 
 async def overview(session: Session) -> Overview:
     """Look at everything once. Raises DatabaseLost."""
+    sample = (await session.fetch(_SAMPLE, PAGES))[0]
     return Overview(
-        share=(await session.fetch(_SHARE, PAGES))[0]["share"],
+        now=sample["now"],
+        share=sample["share"],
         counts=await session.fetch(_COUNTS, PAGES),
         services=await session.fetch(_SERVICES),
         windows=await windows(session),

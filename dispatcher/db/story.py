@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from datetime import UTC, datetime
+from typing import Any, Final, TypeAlias
 
 from asyncpg import Record
 
@@ -78,16 +79,27 @@ FROM (
 """
 
 
+Row: TypeAlias = dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Story:
-    """Rows as the statements above return them; the last three only for a waiting message."""
+    """Rows as the statements above return them; `ahead` only for a waiting message."""
 
-    message: Record
-    attempts: list[Record]
-    reports: list[Record]
-    ways: list[Record]
-    windows: list[Record]
+    message: Row
+    attempts: list[Row]
+    reports: list[Row]
+    ways: list[Row]
+    windows: list[Row]
     ahead: int
+
+
+def _row(record: Record) -> Row:
+    """A row whose times can all be compared: asyncpg gives infinite ones without a zone."""
+    return {
+        name: value.replace(tzinfo=UTC) if isinstance(value, datetime) else value
+        for name, value in record.items()
+    }
 
 
 async def story(session: Session, message_id: int, status_param: str) -> Story | None:
@@ -98,13 +110,13 @@ async def story(session: Session, message_id: int, status_param: str) -> Story |
     rows = await session.fetch(_MESSAGE, message_id)
     if not rows:
         return None
-    message = rows[0]
+    message = _row(rows[0])
     waits = message["status"] == Status.PENDING
     return Story(
         message=message,
-        attempts=await session.fetch(_ATTEMPTS, message_id),
-        reports=await session.fetch(_REPORTS, message_id, status_param),
-        ways=await session.fetch(_WAYS, message["service_id"]) if waits else [],
-        windows=await windows(session, message["service_id"]) if waits else [],
+        attempts=[_row(row) for row in await session.fetch(_ATTEMPTS, message_id)],
+        reports=[_row(row) for row in await session.fetch(_REPORTS, message_id, status_param)],
+        ways=[_row(row) for row in await session.fetch(_WAYS, message["service_id"])],
+        windows=[_row(row) for row in await windows(session, message["service_id"])],
         ahead=(await session.fetch(_AHEAD, message_id, AHEAD))[0]["ahead"] if waits else 0,
     )
