@@ -45,6 +45,9 @@ LINGER: Final = 2.0
 CONNECTIONS: Final = 4096
 """Connections at once, at most."""
 
+FILES: Final = 65_536
+"""Files that this process may open, where the system lets it."""
+
 STATEMENT: Final = 5.0
 """Seconds that a statement may take before the database counts as away."""
 
@@ -106,7 +109,8 @@ class Server:
         """`unready` tells in one phrase why the worker is not ready, None if it is."""
         self.port = settings.http_port
         self._host = settings.http_host
-        self._token = None if settings.dlr_token is None else settings.dlr_token.encode()
+        token = settings.dlr_token
+        self._token = None if token is None else token.encode("utf-8", "surrogateescape")
         self._allowed = settings.dlr_allow
         self._id_param = settings.dlr_id_param
         self._status_param = settings.dlr_status_param
@@ -456,10 +460,12 @@ def _cannot_listen(host: str, port: int, error: OSError) -> str:
 
 
 def _make_room() -> None:
-    """Let this process open as many files as it may: each connection is one."""
+    """Let this process open enough files: each connection is one."""
     if sys.platform == "win32":
         return
-    import resource  # not on Windows
+    import resource
 
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import resource
 import socket
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,18 @@ async def _enter(database: str, **given: Any) -> None:
     server = Server(settings.load(**given), dsn=database, metrics=Metrics(), unready=lambda: None)
     async with server:
         raise AssertionError("it listens")
+
+
+async def test_the_server_makes_room_for_its_connections(database: str) -> None:
+    """A process that may open few files lets itself open more, as far as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        async with serving(database):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, serverside.FILES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # ------------------------------------------------------------------------------------- reports
