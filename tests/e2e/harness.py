@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import Any, Final, Self, TypeAlias, TypeVar
@@ -269,6 +270,12 @@ async def simulator(**config: object) -> AsyncIterator[Provider]:
             yield running
         finally:
             await running.close()
+
+
+def midday() -> str:
+    """A time zone, known to PostgreSQL and to Python, in which no window ends soon."""
+    west = datetime.now(UTC).hour - 12
+    return f"Etc/GMT{west:+}"
 
 
 def free_port() -> int:
