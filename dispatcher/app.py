@@ -362,10 +362,10 @@ class App:
         while True:
             asked_at = clock.now()
             try:
-                known = await workers.beat(session, lease.worker_id)
-                if not known:
+                unbroken = await workers.beat(session, lease.worker_id)
+                if unbroken is None:
                     raise RuntimeError("this worker was deleted from the table 'worker'")
-                lease.renewed(asked_at)
+                lease.renewed(asked_at, unbroken=unbroken)
                 await database_clock.ping(session, PINGS)
                 told(None)
                 worker.reconcile()

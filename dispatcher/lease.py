@@ -14,13 +14,13 @@ class Lease:
         self._began = 0.0
         self._until = 0.0
 
-    def renewed(self, asked_at: float) -> None:
+    def renewed(self, asked_at: float, *, unbroken: bool = True) -> None:
         """The database has renewed it; `asked_at` is when it was asked, by our clock.
 
-        A lease that ran out before is a new one: others may have taken what was claimed under
-        the old one.
+        A lease that ran out before, by our clock or by the database's (not `unbroken`), is a new
+        one: others may have taken what was claimed under the old one.
         """
-        if asked_at >= self._until:
+        if asked_at >= self._until or not unbroken:
             self._began = asked_at
         self._until = asked_at + self.seconds
 

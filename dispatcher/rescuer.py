@@ -76,7 +76,10 @@ class Rescuer:
             await workers.forget(self._session)
 
     async def _rescue(self) -> None:
-        rows = await outbox.rescue(self._session)
+        while rows := await outbox.rescue(self._session):
+            self._tell_rescued(rows)
+
+    def _tell_rescued(self, rows: list[Record]) -> None:
         for worker_id, messages in Counter(row["worker_id"] for row in rows).items():
             log.warning("worker.rescued", worker_id=worker_id, messages=messages)
             self._metrics.rescued(messages)

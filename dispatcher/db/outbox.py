@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 import asyncpg
 
@@ -22,6 +23,10 @@ GUARD: Final = 0.001
 """Seconds added to every minimum delay, for what a worker's timer may be late."""
 
 
+Head: TypeAlias = tuple[str, int]
+"""When a message is due, as PostgreSQL writes it, and the message; the order within a priority."""
+
+
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A service with due messages, and whether it may be asked for them."""
@@ -32,13 +37,15 @@ class Waiting:
     """Blocked, and the time for one message to try has come."""
     windows_open: bool
     """Whether the rows that count its current windows exist."""
+    heads: dict[int, Head] = field(default_factory=dict, compare=False)
+    """The first message of each priority."""
 
 
 # Tell which services have a message that is due, and which of those may send through an egress.
 _WAITING = """
 WITH RECURSIVE lane AS (
     (
-        SELECT o.service_id, o.priority, greatest(o.send_after, o.retry_at) AS first_due
+        SELECT o.service_id, o.priority, greatest(o.send_after, o.retry_at) AS first_due, o.id
         FROM outbox o
         WHERE o.status = 'pending'
         ORDER BY o.service_id, o.priority, greatest(o.send_after, o.retry_at), o.id
@@ -48,7 +55,7 @@ WITH RECURSIVE lane AS (
     SELECT next_lane.*
     FROM lane
     CROSS JOIN LATERAL (
-        SELECT o.service_id, o.priority, greatest(o.send_after, o.retry_at)
+        SELECT o.service_id, o.priority, greatest(o.send_after, o.retry_at), o.id
         FROM outbox o
         WHERE o.status = 'pending'
             AND (o.service_id, o.priority) > (lane.service_id, lane.priority)
@@ -57,9 +64,14 @@ WITH RECURSIVE lane AS (
     ) next_lane
 ),
 due AS (
-    SELECT DISTINCT lane.service_id
+    SELECT
+        lane.service_id,
+        array_agg(lane.priority) AS priorities,
+        array_agg(lane.first_due::text) AS due,
+        array_agg(lane.id) AS ids
     FROM lane
-    WHERE lane.first_due <= clock_timestamp()
+    GROUP BY lane.service_id
+    HAVING min(lane.first_due) <= clock_timestamp()
 )
 SELECT
     s.service_id,
@@ -75,7 +87,10 @@ SELECT
             ON q.service_id = s.service_id
             AND q.period = period.name
             AND q.window_start = date_trunc(period.name, clock_timestamp(), s.timezone)
-    ) AS windows_open
+    ) AS windows_open,
+    due.priorities,
+    due.due,
+    due.ids
 FROM due
 JOIN service s USING (service_id)
 LEFT JOIN pace p USING (service_id)
@@ -87,7 +102,16 @@ ORDER BY s.service_id
 async def waiting(session: Session, egress: str) -> list[Waiting]:
     """Services with due messages, in the order of their numbers. Raises DatabaseLost."""
     rows = await session.fetch(_WAITING, egress)
-    return [Waiting(*row) for row in rows]
+    return [
+        Waiting(
+            row["service_id"],
+            row["may_send"],
+            row["probe_due"],
+            row["windows_open"],
+            dict(zip(row["priorities"], zip(row["due"], row["ids"], strict=True), strict=True)),
+        )
+        for row in rows
+    ]
 
 
 # The array of ids in an UPDATE keeps the planner, which cannot know how few there are, from reading
@@ -97,7 +121,9 @@ async def waiting(session: Session, egress: str) -> list[Waiting]:
 # Claim up to so many messages of each service: lock the service's pace and windows, pick what is
 # due, refuse what must not go, debit the windows and reserve the slots. $1 worker, $2 services,
 # $3 places, $4 even while the egress is closed, $5 even while the service is blocked,
-# $6 horizon, $7 lead and $8 guard in seconds.
+# $6 horizon, $7 lead and $8 guard in seconds; $9 services, $10 priorities, $11 and $12 the first
+# message of the two, when it is due and which it is: while another session holds an old snapshot
+# the entries of what was claimed stay in the index, and a claim would pass all of them.
 _CLAIM = r"""
 WITH moment AS MATERIALIZED (
     SELECT clock_timestamp() AS now, e.name AS egress, e.ban_episode
@@ -106,6 +132,11 @@ WITH moment AS MATERIALIZED (
     WHERE w.id = $1
         AND w.lease_until > clock_timestamp()
         AND ($4 OR (e.banned_until IS NULL AND e.ill_until IS NULL))
+),
+head AS MATERIALIZED (
+    SELECT h.service_id, h.priority, h.due::timestamptz AS due, h.id
+    FROM unnest($9::bigint[], $10::smallint[], $11::text[], $12::bigint[])
+        AS h (service_id, priority, due, id)
 ),
 asked AS MATERIALIZED (
     SELECT
@@ -192,6 +223,7 @@ picked AS MATERIALIZED (
             first.id, first.msisdn, first.text, first.expires_at, first.number,
             row_number() OVER () AS turn
         FROM lane
+        LEFT JOIN head h ON h.service_id = a.service_id AND h.priority = lane.priority
         CROSS JOIN LATERAL (
             SELECT
                 o.id, o.msisdn, o.text, o.expires_at,
@@ -201,6 +233,8 @@ picked AS MATERIALIZED (
                 AND o.service_id = a.service_id
                 AND o.priority = lane.priority
                 AND greatest(o.send_after, o.retry_at) <= a.now
+                AND (greatest(o.send_after, o.retry_at), o.id)
+                    >= (coalesce(h.due, '-infinity'), coalesce(h.id, 0))
             ORDER BY greatest(o.send_after, o.retry_at), o.id
             LIMIT a.places_allowed
             FOR NO KEY UPDATE SKIP LOCKED
@@ -343,14 +377,22 @@ async def claim(
     worker_id: int,
     places: Mapping[int, int],
     *,
+    heads: Mapping[int, Mapping[int, Head]] = MappingProxyType({}),
     probe_egress: bool = False,
     probe_service: bool = False,
 ) -> Claim:
     """Claim up to the given number of messages of each service.
 
+    `heads`: as a survey has found them, by service; what is due earlier is left to the next one.
+
     Raises DatabaseLost, and then the claim may stand; `held` finds it. Raises ClaimRefused, and
     then nothing is claimed.
     """
+    lanes = [
+        (service, priority, *head)
+        for service in places
+        for priority, head in heads.get(service, {}).items()
+    ]
     try:
         rows = await session.fetch(
             _CLAIM,
@@ -362,6 +404,7 @@ async def claim(
             HORIZON,
             LEAD,
             GUARD,
+            *([lane[column] for lane in lanes] for column in range(4)),
         )
     except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
         raise ClaimRefused(error.sqlstate) from None
@@ -559,17 +602,22 @@ async def held(session: Session, worker_id: int) -> list[Record]:
 
 # Mark in doubt what is held by workers that are silent past their lease.
 _RESCUE = """
-WITH stranded AS MATERIALIZED (
+WITH gone AS MATERIALIZED (
+    -- Locked, so that a beat at the same moment either comes first or learns that it came late.
+    SELECT w.id
+    FROM worker w
+    WHERE w.lease_until < clock_timestamp()
+        AND pg_postmaster_start_time() < clock_timestamp() - w.lease
+        AND EXISTS (SELECT FROM outbox o WHERE o.status = 'sending' AND o.worker_id = w.id)
+    FOR NO KEY UPDATE SKIP LOCKED
+),
+stranded AS MATERIALIZED (
     SELECT o.id
     FROM outbox o
-    LEFT JOIN worker w ON w.id = o.worker_id
     WHERE o.status = 'sending'
         AND (
-            w.id IS NULL
-            OR (
-                w.lease_until < clock_timestamp()
-                AND pg_postmaster_start_time() < clock_timestamp() - w.lease
-            )
+            o.worker_id IN (SELECT g.id FROM gone g)
+            OR NOT EXISTS (SELECT FROM worker w WHERE w.id = o.worker_id)
         )
     LIMIT 1000
     FOR NO KEY UPDATE OF o SKIP LOCKED

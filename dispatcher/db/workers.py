@@ -24,18 +24,25 @@ async def enter(
     return int(rows[0]["id"])
 
 
-# Renew a worker's lease.
+# Renew a worker's lease, and tell whether it had run out: that is looked at with the row locked,
+# as a rescuer locks it too.
 _BEAT = """
 UPDATE worker w
 SET beat_at = clock_timestamp(), lease_until = clock_timestamp() + w.lease
-WHERE w.id = $1
-RETURNING w.id
+FROM (SELECT b.id, b.lease_until FROM worker b WHERE b.id = $1 FOR NO KEY UPDATE) AS before
+WHERE w.id = before.id
+RETURNING before.lease_until > clock_timestamp() AS unbroken
 """
 
 
-async def beat(session: Session, worker_id: int) -> bool:
-    """Renew a worker's lease; False if nobody knows it any more. Raises DatabaseLost."""
-    return bool(await session.fetch(_BEAT, worker_id))
+async def beat(session: Session, worker_id: int) -> bool | None:
+    """Renew a worker's lease; None if nobody knows it any more.
+
+    False if it had run out, so that others may have taken what the worker held. Raises
+    DatabaseLost.
+    """
+    rows = await session.fetch(_BEAT, worker_id)
+    return rows[0]["unbroken"] if rows else None
 
 
 # Say whether a worker sleeps, so that inserts know whether to wake it.

@@ -48,11 +48,12 @@ class Scene:
         self._stack = stack
         self.workers: list[Worker] = []
 
-    async def worker(self, **settings: Any) -> Worker:
-        """A worker that has entered itself; it reaches the database through the proxy."""
+    async def worker(self, *, direct: bool = False, **settings: Any) -> Worker:
+        """A worker that has entered itself; `direct`: past the proxy."""
         chosen = {"lease": 2, "request_timeout": 5, **settings}
+        way = self.postgres if direct else self.proxy
         running = await self._stack.enter_async_context(
-            worker(self.proxy.dsn(self.database), self.provider.url, **chosen)
+            worker(way.dsn(self.database), self.provider.url, **chosen)
         )
         self.workers.append(running)
         await running.started()

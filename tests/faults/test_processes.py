@@ -9,6 +9,7 @@ from signal import SIGCONT, SIGSTOP, SIGTERM
 
 import pytest
 
+from dispatcher.db import workers
 from tests.builders import add_service
 from tests.e2e.harness import wait_for
 from tests.faults import invariant
@@ -100,6 +101,52 @@ async def test_frozen_past_its_lease(scene: Scene, rounds: int) -> None:
     assert await frozen.stop() == await other.stop() == 0
     found = await invariant.hold(scene.connection, scene.provider, frozen, other)
     assert found["accepted"] == sent
+
+
+async def test_beat_that_came_late(scene: Scene) -> None:
+    """A beat that was asked in time and came too late does not cover what was held before it."""
+    await add_service(scene.connection, PACED, min_delay=timedelta(milliseconds=300))
+    scene.provider.gate.clear()
+    settings = {"concurrency": 5, "request_timeout": 60}
+    late = await scene.worker(lease=6, **settings)
+    late_id = await late.started()
+    async with scene.connection.transaction():
+        await add_numbered(scene.connection, 5)
+        await add_numbered(scene.connection, 3, first=6, service_id=PACED)
+    # All places are taken, so what waits for its slot is held and cannot leave.
+    await scene.provider.came(5)
+    await scene.connection.execute("UPDATE service SET paused = true")
+    held_back = await scene.connection.fetchval(
+        "SELECT count(*) - 5 FROM outbox WHERE status = 'sending'"
+    )
+    assert held_back > 0
+    await scene.worker(lease=1, direct=True, **settings)
+    lost = scene.proxy.lose(workers._BEAT, times=1000)
+
+    async def ends_soon() -> bool:
+        return bool(
+            await scene.connection.fetchval(
+                "SELECT lease_until - interval '1 s' < clock_timestamp() FROM worker WHERE id = $1",
+                late_id,
+            )
+        )
+
+    await wait_for(ends_soon, "its lease ends soon")
+    lost.lift()
+    held = scene.proxy.hold(workers._BEAT)
+    await held.caught()
+    await _holds_nothing(scene, late_id)
+    held.lift()
+    scene.provider.gate.set()
+    await wait_for(lambda: _none(scene, "sending", "unknown"), "all is recorded")
+    assert len(scene.provider.entries) == 5, "it sent what others had taken"
+    await scene.connection.execute("UPDATE service SET paused = false")
+    await _all_settled(scene)
+
+    for worker in scene.workers:
+        assert await worker.stop() == 0
+    found = await invariant.hold(scene.connection, scene.provider, *scene.workers)
+    assert found["accepted"] == 8
 
 
 async def test_told_twice_to_stop(scene: Scene) -> None:

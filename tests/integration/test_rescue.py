@@ -75,13 +75,14 @@ async def test_rows_of_the_dead_are_in_doubt(
 
 
 async def test_rows_of_the_living_stay(connection: Connection, worker: Peer) -> None:
-    """A beat, even a late one, gives a whole lease more, in which the rows are the worker's own."""
+    """A beat, even a late one, which learns so, gives a whole lease more for what is held."""
     await add_messages(connection, 1)
     await worker.claim()
     await die(connection, worker)
     await connection.execute("UPDATE worker SET lease = '1 h'")
 
-    assert await workers.beat(worker.session, worker.worker_id)
+    assert await workers.beat(worker.session, worker.worker_id) is False
+    assert await workers.beat(worker.session, worker.worker_id) is True
 
     # That the server runs for less than a lease must not be what keeps the rescuer away.
     await connection.execute("UPDATE worker SET lease = '1 ms'")
@@ -183,7 +184,7 @@ async def test_forgetting(connection: Connection, worker: Peer) -> None:
     left = await connection.fetch("SELECT pid FROM worker WHERE host = 'old' ORDER BY pid")
     assert [row["pid"] for row in left] == [1, 2]
     assert await connection.fetchval("SELECT count(*) FROM worker") == 3
-    assert not await workers.beat(worker.session, 999)
+    assert await workers.beat(worker.session, 999) is None
 
 
 # ------------------------------------------------------------------ what ran out
