@@ -92,6 +92,7 @@ class Worker:
         self._egress_stale = True
         self._active: set[int] = set()
         self._probes: set[int] = set()
+        self._heads: dict[int, dict[int, outbox.Head]] = {}
         self._later: dict[int, float] = {}
         self._quarantine: dict[int, float] = {}
         self._spent: dict[tuple[int, str], float] = {}
@@ -256,7 +257,7 @@ class Worker:
         if self._egress_stale or not self._breaker.open:
             self._breaker.know(await egress.state(self._session, self._settings.egress))
             self._egress_stale = False
-        found = await outbox.waiting(self._session, self._settings.egress)
+        found = await self._waiting()
         now = clock.now()
         self._quarantine = {s: at for s, at in self._quarantine.items() if at > now}
         found = [w for w in found if w.service_id not in self._quarantine]
@@ -266,15 +267,16 @@ class Worker:
         self._active = {w.service_id for w in found if w.may_send} - self._later.keys()
         self._probes = {w.service_id for w in found if w.probe_due}
 
+    async def _waiting(self) -> list[outbox.Waiting]:
+        found = await outbox.waiting(self._session, self._settings.egress)
+        self._heads = {w.service_id: w.heads for w in found}
+        return found
+
     async def _probe_egress(self) -> bool:
         probe_at = self._breaker.probe_at
         if probe_at is None or probe_at > clock.now() or self._free() <= 0:
             return False
-        candidates = [
-            w
-            for w in await outbox.waiting(self._session, self._settings.egress)
-            if w.may_send or w.probe_due
-        ]
+        candidates = [w for w in await self._waiting() if w.may_send or w.probe_due]
         if not candidates or not await egress.take_probe(
             self._session, self._settings.egress, self._request_at_most()
         ):
@@ -304,6 +306,7 @@ class Worker:
                 self._session,
                 self._lease.worker_id,
                 asked,
+                heads=self._heads,
                 probe_egress=probe_egress,
                 probe_service=probe_service,
             )

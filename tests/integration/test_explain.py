@@ -128,6 +128,12 @@ STATEMENTS: dict[str, Callable[[Session, Peer], Awaitable[object]]] = {
     "claim": lambda session, worker: outbox.claim(
         session, worker.worker_id, {SERVICE: 10, 7: 10, 8: 10}
     ),
+    "claim from the heads": lambda session, worker: outbox.claim(
+        session,
+        worker.worker_id,
+        {SERVICE: 10, 7: 10, 8: 10},
+        heads={SERVICE: {0: ("2026-01-01 00:00:00+00", 1)}, 7: {0: ("-infinity", 1)}},
+    ),
     "read_numbers": lambda session, _: outbox.read_numbers(session, {5: "359881234567", 6: None}),
     "record": lambda session, worker: outbox.record(
         session,
