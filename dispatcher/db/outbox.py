@@ -27,10 +27,6 @@ Head: TypeAlias = tuple[str, int]
 """When a message is due, as PostgreSQL writes it, and the message; the order within a priority."""
 
 
-Head: TypeAlias = tuple[str, int]
-"""When a message is due, as PostgreSQL writes it, and the message; the order within a priority."""
-
-
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A service with due messages, and whether it may be asked for them."""
@@ -136,11 +132,6 @@ WITH moment AS MATERIALIZED (
     WHERE w.id = $1
         AND w.lease_until > clock_timestamp()
         AND ($4 OR (e.banned_until IS NULL AND e.ill_until IS NULL))
-),
-head AS MATERIALIZED (
-    SELECT h.service_id, h.priority, h.due::timestamptz AS due, h.id
-    FROM unnest($9::bigint[], $10::smallint[], $11::text[], $12::bigint[])
-        AS h (service_id, priority, due, id)
 ),
 head AS MATERIALIZED (
     SELECT h.service_id, h.priority, h.due::timestamptz AS due, h.id
