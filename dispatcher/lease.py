@@ -21,7 +21,8 @@ class Lease:
         one: others may have taken what was claimed under the old one.
         """
         if asked_at >= self._until or not unbroken:
-            self._began = asked_at
+            # Not when it was asked: what was claimed between may have been taken as well.
+            self._began = clock.now()
         self._until = asked_at + self.seconds
 
     def valid(self) -> bool:

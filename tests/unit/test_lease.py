@@ -51,21 +51,23 @@ def test_covers_what_was_claimed_under_it(at: SetClock) -> None:
 
 
 def test_gap_that_only_the_database_saw(at: SetClock) -> None:
-    """A beat on its way when the lease ran out begins a new one, though it was asked in time."""
+    """A beat on its way when the lease ran out covers nothing claimed until its answer came."""
     lease = Lease(30)
     lease.renewed(1000.0)
+    at(1030.5)
     lease.renewed(1029.0, unbroken=False)
 
     at(1031.0)
     assert lease.valid()
-    assert not lease.covers(1028.9, 1031.0)
-    assert lease.covers(1029.0, 1031.0)
+    assert not lease.covers(1029.5, 1031.0)
+    assert lease.covers(1030.5, 1031.0)
 
 
 def test_new_lease_covers_nothing_old(at: SetClock) -> None:
     """After a gap others may have taken the claims, so only what is claimed anew is covered."""
     lease = Lease(30)
     lease.renewed(1000.0)
+    at(1030.0)
     lease.renewed(1030.0)
 
     at(1031.0)
