@@ -52,9 +52,6 @@ def _load(command: str) -> Any:
 class _Commands(TyperGroup):
     """The commands, loaded when asked for; known errors end in a sentence and an exit code."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - as Typer calls it
-        return list(_COMMANDS)
-
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - as Typer calls it
         if cmd_name in _COMMANDS and cmd_name not in self.commands:
             self.commands[cmd_name] = _load(cmd_name)

@@ -13,14 +13,13 @@ from urllib.parse import urlsplit
 
 import typer
 
-from dispatcher.commands.database import located
+from dispatcher.commands.database import located, what_is_wrong
 from dispatcher.commands.failures import told
 from dispatcher.commands.moments import lasting
 from dispatcher.commands.terminal import print_json, wrapped
 from dispatcher.db.health import Health, look
 from dispatcher.db.pool import DatabaseLost, Session
 from dispatcher.db.refusal import Refused, refusals
-from dispatcher.db.schema import complaint, upgrade
 from dispatcher.embedded import EmbeddedUnavailable
 from dispatcher.settings import Settings, SettingsError, load
 
@@ -87,10 +86,7 @@ def _findings() -> Iterator[Finding]:
 
 async def _ask(dsn: str, settings: Settings) -> tuple[Health, str | None]:
     async with Session(dsn, name="dispatcher check", timeout=PATIENCE) as session:
-        wrong = await complaint(session)
-        if wrong is not None and settings.database_url is None:
-            await upgrade(dsn)
-            wrong = None
+        wrong = await what_is_wrong(session, dsn, settings)
         return await look(session, socket.gethostname(), schema=wrong is None), wrong
 
 
@@ -160,7 +156,7 @@ def _http(settings: Settings, health: Health | None) -> Finding:
     address = f"{settings.http_host}:{settings.http_port}"
     try:
         answer = _get(_reachable(settings.http_host), settings.http_port, "/healthz")
-    except (OSError, http.client.HTTPException) as error:
+    except OSError as error:
         if health is None or not health.workers_here:
             return Finding(
                 "reports",
@@ -173,17 +169,20 @@ def _http(settings: Settings, health: Health | None) -> Finding:
             detail=f"{address} does not answer ({_phrase(error)})",
             remedy="Start 'dispatcher run' here, or set DISPATCHER_HTTP_HOST and _PORT as it has.",
         )
+    except http.client.HTTPException:
+        answer = None
     if answer != http.client.OK:
+        told = "not in HTTP" if answer is None else f"with HTTP status {answer}"
         return Finding(
             "reports",
             ok=False,
-            detail=f"{address} answers with HTTP status {answer}",
+            detail=f"{address} answers {told}",
             remedy="Another program has the port: set DISPATCHER_HTTP_PORT.",
         )
     return Finding("reports", ok=True, detail=f"{reports}; {address} answers")
 
 
-def _get(host: str, port: int, path: str) -> int:
+def _get(host: str, port: int, path: str) -> int | None:
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:
         connection.request("GET", path)
@@ -203,9 +202,7 @@ def _reachable(host: str) -> str:
     return "127.0.0.1" if address.version == 4 else "::1"
 
 
-def _phrase(error: Exception) -> str:
+def _phrase(error: OSError) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {PATIENCE:g} seconds"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return type(error).__name__
+    return error.strerror or type(error).__name__

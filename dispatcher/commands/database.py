@@ -30,6 +30,18 @@ def located(settings: Settings) -> Iterator[str]:
         yield server.dsn
 
 
+async def what_is_wrong(session: Session, dsn: str, settings: Settings) -> str | None:
+    """One sentence on what is wrong with the schema; one of our own is put right instead.
+
+    Raises DatabaseLost and SchemaWrong.
+    """
+    wrong = await complaint(session)
+    if wrong is None or settings.database_url is not None:
+        return wrong
+    await upgrade(dsn)
+    return None
+
+
 def use(
     settings: Settings, work: Callable[[Session], Awaitable[T]], *, patience: float = PATIENCE
 ) -> T:
@@ -40,10 +52,8 @@ def use(
 
     async def connected(dsn: str) -> T:
         async with Session(dsn, name="dispatcher command", timeout=patience) as session:
-            wrong = await complaint(session)
-            if wrong is not None and settings.database_url is None:
-                await upgrade(dsn)
-            elif wrong is not None:
+            wrong = await what_is_wrong(session, dsn, settings)
+            if wrong is not None:
                 raise SchemaWrong(wrong)
             return await work(session)
 

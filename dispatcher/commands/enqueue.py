@@ -212,9 +212,12 @@ class _FileToOutbox:
                 }
             )
         else:
-            typer.echo(
-                f"{many(written.count, 'message')} enqueued, ids {written.first} to {written.last}."
+            ids = (
+                f"ids {written.first} to {written.last}"
+                if written.count > 1
+                else f"with id {written.first}"
             )
+            typer.echo(f"{many(written.count, 'message')} enqueued, {ids}.")
 
     async def _check(self, stage: Staging, lines: CsvFile, progress: Progress) -> None:
         size = os.fstat(self._file.fileno()).st_size or None

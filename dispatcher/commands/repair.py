@@ -258,8 +258,7 @@ def _question(action: Action, chosen: dict[Status, list[int]]) -> str:
             )
         case Action.RETRY:
             return f"Send {many(total, 'message')} again ({of})?"
-        case Action.CANCEL:
-            return f"Cancel {many(total, 'message')} ({of})?"
+    return f"Cancel {many(total, 'message')} ({of})?"
 
 
 def _told(action: Action, before: Counter[Status]) -> str:
@@ -272,8 +271,7 @@ def _told(action: Action, before: Counter[Status]) -> str:
             return f"{are} marked as sent."
         case Action.SEND_AGAIN | Action.RETRY:
             return f"{are} pending again."
-        case Action.CANCEL:
-            return "\n".join(_cancelled(before))
+    return "\n".join(_cancelled(before))
 
 
 def _cancelled(before: Counter[Status]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import typer
 from dispatcher.commands.database import use
 from dispatcher.commands.failures import Failed, Misused
 from dispatcher.commands.moments import lasting, seconds
-from dispatcher.commands.terminal import console, print_json, table
+from dispatcher.commands.terminal import console, print_json, printable, table
 from dispatcher.db import register
 from dispatcher.db.pool import Session
 from dispatcher.db.register import Changes
@@ -174,15 +174,18 @@ def list_(*, json: _Json = False) -> None:
     if not rows:
         typer.echo("There is no service yet; see 'dispatcher service add --help'.")
         return
-    shown = table("id", "name", "user", "limits", "delay", "zone", "state", right=("id", "user"))
+    shown = table("id", "name", "user", "limits", "zone", "state", right=("id", "user"))
+    shown.columns[1].max_width = 18
     for row in rows:
-        limits = [f"{row[f'{p}_limit']} a {p}" for p in ("day", "week", "month")]
+        periods = ("day", "week", "month")
+        limits = [f"{row[f'{p}_limit']} a {p}" for p in periods if row[f"{p}_limit"] is not None]
+        if row["min_delay"]:
+            limits.append(f"{lasting(row['min_delay'])} apart")
         shown.add_row(
             str(row["service_id"]),
-            row["name"],
+            printable(row["name"]),
             str(row["user_id"]),
-            "\n".join(limit for limit in limits if not limit.startswith("None")) or "-",
-            lasting(row["min_delay"]) if row["min_delay"] else "-",
+            "\n".join(limits) or "none",
             row["timezone"],
             _state(row),
         )
@@ -194,7 +197,7 @@ def _state(row: dict[str, Any]) -> str:
     if row["paused"]:
         states.append("paused")
     if row["blocked_until"]:
-        states.append(f"blocked: {row['blocked_reason']}")
+        states.append(f"blocked:\n{row['blocked_reason']}")
     if row["blocked_egresses"]:
         states.append(f"blocked at {', '.join(row['blocked_egresses'])}")
     return "\n".join(states) or "may send"

@@ -2,10 +2,8 @@
 
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
-from typing import Any
 
 import typer
 from rich import box
@@ -23,18 +21,12 @@ def print_json(document: object) -> None:
     typer.echo(json.dumps(document, ensure_ascii=False, indent=2, default=_plain))
 
 
-def _plain(value: Any) -> object:
+def _plain(value: object) -> object:
     match value:
         case datetime():
             return utc(value)
         case timedelta():
             return value.total_seconds()
-        case Decimal():
-            return float(value)
-        case Mapping():
-            return dict(value)
-        case Iterable():
-            return list(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
@@ -55,7 +47,7 @@ def console() -> Console:
 
 def table(*columns: str, right: Iterable[str] = ()) -> Table:
     """An empty table; the columns named in `right` hold numbers."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made

@@ -110,9 +110,7 @@ async def prune(
         after, span = ends["first"] - 1, ends["last"] - ends["first"] + 1
         while after < ends["last"]:
             row = (await session.fetch(_MESSAGES, after, STEP, older_than, keep_dedup))[0]
-            if row["last"] is None:
-                break
-            after = row["last"]
+            after = row["last"] or ends["last"]  # nothing, where others have removed the rest
             pruned.messages += row["removed"]
             pruned.kept += row["kept"]
             pruned.done = min(1.0, (after - ends["first"] + 1) / span)

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dispatcher.cli import app
+from tests.conftest import SERVER_DIRECTORY
 from tests.integration.peers import Connection
 
 
@@ -41,32 +42,45 @@ async def rows(connection: Connection, query: str, *args: object) -> list[tuple[
 
 
 @pytest.fixture
-def settings(database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Sets nothing but the test's database, in a folder of the test's own, which it returns."""
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Sets nothing at all, in a folder of the test's own, which it returns."""
     for name in os.environ:
-        if name.startswith("DISPATCHER_") and name != "DISPATCHER_TEST_SERVER":
+        if name.startswith("DISPATCHER_") and name != SERVER_DIRECTORY:
             monkeypatch.delenv(name)
-    monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
+def settings(no_settings: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sets nothing but the test's database, in a folder of the test's own, which it returns."""
+    monkeypatch.setenv("DATABASE_URL", database)
+    return no_settings
+
+
+@pytest.fixture
+def offline(no_settings: Path) -> Command:
+    """Runs a command in this process, without a database."""
+    return _run_here
+
+
+@pytest.fixture
 def command(settings: Path) -> Command:
     """Runs a command in this process; an error that nobody foresaw fails the test."""
+    return _run_here
 
-    async def run(*arguments: object) -> Outcome:
-        result = await asyncio.to_thread(
-            CliRunner().invoke,
-            app,
-            [str(argument) for argument in arguments],
-            catch_exceptions=False,
-            prog_name="dispatcher",
-        )
-        return Outcome(result.exit_code, result.stdout, result.stderr)
 
-    return run
+async def _run_here(*arguments: object) -> Outcome:
+    result = await asyncio.to_thread(
+        CliRunner().invoke,
+        app,
+        [str(argument) for argument in arguments],
+        catch_exceptions=False,
+        prog_name="dispatcher",
+    )
+    return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture

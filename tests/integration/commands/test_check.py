@@ -207,9 +207,10 @@ async def test_worker_that_does_not_answer(
             b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
             "Another program has the port: set DISPATCHER_HTTP_PORT.",
         ),
+        (b"nonsense\r\n", "Another program has the port: set DISPATCHER_HTTP_PORT."),
     ],
 )
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])  # noqa: S104 - what a person may set
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "localhost"])  # noqa: S104 - what a person may set
 async def test_endpoint(
     command: Command,
     provider: socket.socket,
@@ -219,7 +220,8 @@ async def test_endpoint(
     remedy: str | None,
 ) -> None:
     """The endpoint is asked whether it lives, wherever it listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    # One that listens on all addresses, as a worker does where it is told so.
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         monkeypatch.setenv("DISPATCHER_HTTP_HOST", host)
         monkeypatch.setenv("DISPATCHER_HTTP_PORT", str(server.getsockname()[1]))
 

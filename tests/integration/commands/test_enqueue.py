@@ -151,12 +151,18 @@ async def test_file_as_json(command: Command, connection: Connection, settings: 
     await add_service(connection)
     (settings / "people.csv").write_text(f"msisdn,name\n{NUMBER},Ana\n")
 
+    shown = await command("enqueue", "people.csv", "--service", SERVICE, "--text", "Hi")
     done = await command("enqueue", "people.csv", "--service", SERVICE, "--text", "Hi", "--json")
+
+    assert shown.out.splitlines()[-2:] == [
+        "Columns not used: name.",
+        "1 message enqueued, with id 1.",
+    ]
 
     assert done.json == {
         "enqueued": 1,
-        "first_id": 1,
-        "last_id": 1,
+        "first_id": 2,
+        "last_id": 2,
         "longest_text": 2,
         "ignored_columns": ["name"],
     }

@@ -98,16 +98,16 @@ async def test_sql(command: Command, empty: str) -> None:
     assert (await command("migrate", "--sql", "--json")).json == {"sql": sql}
 
 
-async def test_sql_needs_no_database(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sql_needs_no_database(offline: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The SQL is printed wherever the database is."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://me@127.0.0.1:1/x")
 
-    assert "CREATE TABLE outbox" in (await command("migrate", "--sql")).out
+    assert "CREATE TABLE outbox" in (await offline("migrate", "--sql")).out
 
 
-async def test_one_thing_at_a_time(command: Command) -> None:
+async def test_one_thing_at_a_time(offline: Command) -> None:
     """To print and to check are two things."""
-    done = await command("migrate", "--sql", "--check")
+    done = await offline("migrate", "--sql", "--check")
 
     assert (done.code, done.err) == (2, "Use --sql or --check, not both.\n")
 
@@ -124,24 +124,32 @@ async def test_embedded(process: Command, data_dir: Path) -> None:
     """Without DATABASE_URL a database of our own is made, migrated and kept."""
     alone = {"DATABASE_URL": "", "DISPATCHER_DATA_DIR": str(data_dir)}
 
-    added = await process("service", "add", 42, "--user-id", 7, **alone)
-    listed = await process("service", "list", "--json", **alone)
+    checked = await process("check", "--json", DISPATCHER_PROVIDER_URL="http://0.0.0.0/", **alone)
+    current = await process("migrate", "--check", "--json", **alone)
 
-    assert (added.code, added.err) == (0, "")
-    assert [service["service_id"] for service in listed.json] == [42]
+    findings = {finding["name"]: finding for finding in checked.json["checks"]}
+    assert findings["schema"]["ok"]
+    assert findings["database"]["detail"].endswith("(embedded)")
+    assert (current.code, current.json["found"]) == (0, REVISION)
 
 
 @pytest.mark.parametrize(
     ("module", "commands"),
     [("alembic", ("service", "list")), ("asyncpg", ("--help",))],
 )
-async def test_start_is_quick(settings: Path, module: str, commands: tuple[str, ...]) -> None:
+async def test_start_is_quick(
+    no_settings: Path, database: str, module: str, commands: tuple[str, ...]
+) -> None:
     """A command loads nothing slow that it does not need."""
     running = await asyncio.create_subprocess_exec(
         *(sys.executable, "-X", "importtime", "-m", "dispatcher", *commands),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[3]),
+            "DATABASE_URL": database,
+        },
     )
     _, loaded = await running.communicate()
 

@@ -465,11 +465,20 @@ async def test_question(
     await add_service(connection)
     await add_messages(connection, 2, status=status)
 
-    for answer in ("n", ""):
-        code, said = await on_a_terminal(answer, *arguments, "--service", SERVICE)
-        assert (code, said) == (1, f"{question}Nothing is changed.\n")
-        assert await statuses(connection) == {status: 2}
-    code, said = await on_a_terminal("y", *arguments, "--service", SERVICE)
-    assert code == 0
-    assert said.startswith(f"{question}2 messages ")
-    assert status not in await statuses(connection)
+    code, said = await on_a_terminal("", *arguments, "--service", SERVICE)
+
+    assert (code, said) == (1, f"{question}Nothing is changed.\n")
+    assert await statuses(connection) == {status: 2}
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("answer", "status"), [("y", "cancelled"), ("n", "pending")])
+async def test_answer(connection: Connection, answer: str, status: str) -> None:
+    """A yes lets it happen, and a no does not."""
+    await add_service(connection)
+    await add_message(connection)
+
+    code, _ = await on_a_terminal(answer, "cancel", "--service", SERVICE)
+
+    assert code == (0 if answer == "y" else 1)
+    assert await statuses(connection) == {status: 1}

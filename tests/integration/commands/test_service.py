@@ -1,5 +1,5 @@
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -7,6 +7,7 @@ from tests.builders import SERVICE, add_service
 from tests.integration.commands.conftest import Command, rows
 from tests.integration.peers import Connection
 
+NOW = datetime.now(UTC)
 LIMITS = ("day_limit", "week_limit", "month_limit")
 
 
@@ -192,9 +193,19 @@ async def test_list(command: Command, connection: Connection) -> None:
         "VALUES ('office', 42, now(), 'INVALID_IP')"
     )
 
+    await add_service(connection, 44, blocked_until=NOW, blocked_reason="SERVICE_DISABLED")
+
     shown = (await command("service", "list")).out
 
-    for word in ("Invoices", "1000 a day", "9000 a month", "50 ms", "paused", "blocked at"):
+    for word in (
+        "SERVICE_DISABLED",
+        "Invoices",
+        "1000 a day",
+        "9000 a month",
+        "50 ms apart",
+        "paused",
+        "blocked at",
+    ):
         assert word in shown
     assert max(map(len, shown.splitlines())) <= 80
 

@@ -278,6 +278,7 @@ async def test_advice(command: Command, connection: Connection, database: str) -
         ("accepted", True, "The provider has it; what became of it is not reported yet."),
         ("accepted", False, "The provider has it; no delivery reports were asked for."),
     ):
+        assert (await advice() or "nothing") in " ".join((await command("why", number)).out.split())
         await connection.execute("UPDATE outbox SET status = $1, extended = $2", status, extended)
         assert (await advice() or "").startswith(expected)
 
