@@ -24,11 +24,18 @@ async def listen(dsn: str, heard: Callable[[str], None], *, timeout: float) -> N
             await connection.add_listener(
                 CHANNEL, lambda _connection, _pid, _channel, payload: heard(str(payload))
             )
+        gone = asyncio.Event()
+        connection.add_termination_listener(lambda _connection: gone.set())
         heard("")
         while True:
-            await asyncio.sleep(HEARTBEAT)
-            async with asyncio.timeout(timeout):
-                await connection.fetchval("SELECT 1")
+            try:
+                async with asyncio.timeout(HEARTBEAT):
+                    await gone.wait()
+            except TimeoutError:
+                async with asyncio.timeout(timeout):
+                    await connection.fetchval("SELECT 1")
+            else:
+                raise DatabaseLost("the connection was closed")
     except FAILURES as error:
         if not lost(error):
             raise

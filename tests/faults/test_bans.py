@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.e2e.harness import until_statuses, wait_for
@@ -36,7 +38,12 @@ async def test_probe_that_is_refused_for_itself(scene: Scene) -> None:
 async def test_hundred_in_flight_and_a_restart(scene: Scene) -> None:
     """A ban that meets 100 requests in flight is one ban; a restart in it probes once."""
     scene.provider.gate.clear()
-    settings = {"concurrency": 50, "ban_backoff": 2, "ban_backoff_max": 4, "lease": 3}
+    settings: dict[str, Any] = {
+        "concurrency": 50,
+        "ban_backoff": 2,
+        "ban_backoff_max": 4,
+        "lease": 3,
+    }
     workers = [await scene.worker(**settings) for _ in range(2)]
     await add_numbered(scene.connection, 300)
     await scene.provider.came(100)

@@ -6,6 +6,7 @@ import asyncio
 from datetime import timedelta
 from random import Random
 from signal import SIGCONT, SIGSTOP, SIGTERM
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,7 @@ async def test_frozen_past_its_lease(scene: Scene, rounds: int) -> None:
     """A worker that was frozen sends nothing of what it held, and records what came meanwhile."""
     chance = Random(rounds)
     await add_service(scene.connection, PACED, min_delay=timedelta(milliseconds=20))
-    settings = {"lease": 1, "concurrency": 5, "request_timeout": 60}
+    settings: dict[str, Any] = {"lease": 1, "concurrency": 5, "request_timeout": 60}
     frozen = await scene.worker(**settings)
     frozen_id = await frozen.started()
     other = await scene.worker(**settings)
@@ -107,7 +108,7 @@ async def test_beat_that_came_late(scene: Scene) -> None:
     """A beat that was asked in time and came too late does not cover what was held before it."""
     await add_service(scene.connection, PACED, min_delay=timedelta(milliseconds=300))
     scene.provider.gate.clear()
-    settings = {"concurrency": 5, "request_timeout": 60}
+    settings: dict[str, Any] = {"concurrency": 5, "request_timeout": 60}
     late = await scene.worker(lease=6, **settings)
     late_id = await late.started()
     async with scene.connection.transaction():
