@@ -45,6 +45,10 @@ class Process:
                 self.check()
                 await asyncio.sleep(LOOK)
 
+    def told(self) -> str:
+        """The end of what it has printed."""
+        return self.log.read_text()[-2000:]
+
     def cpu(self) -> float:
         """Seconds of CPU so far, in user and kernel mode."""
         times = self._seen.cpu_times()
@@ -58,8 +62,7 @@ class Process:
         """Raise if it has ended by itself."""
         if self._process.returncode is not None:
             raise RuntimeError(
-                f"a process ended with {self._process.returncode}:\n"
-                f"{self.log.read_text()[-2000:]}"
+                f"a process ended with {self._process.returncode}:\n{self.log.read_text()[-2000:]}"
             )
 
     async def exited(self) -> int:
@@ -115,4 +118,4 @@ async def done(
     async with started(command, log, environment) as process:
         code = await process.exited()
     if code != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{log.read_text()[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{process.told()}")

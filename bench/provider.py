@@ -65,6 +65,7 @@ class Notes:
         ]
 
     def add(self, service_id: int, number: int, accepted: int, at: int) -> None:
+        """Note one more."""
         _ROW.pack_into(
             self._map, _COUNT.size + self._written * _ROW.size, at, service_id, number, accepted
         )
@@ -72,6 +73,7 @@ class Notes:
         _COUNT.pack_into(self._map, 0, self._written)
 
     def close(self) -> None:
+        """Let go of the file."""
         self._map.close()
 
 
@@ -82,6 +84,9 @@ class Settings(NamedTuple):
     """Seconds that must lie between two accepted requests of a service, as they arrive."""
     answer_after: tuple[float, float] = (0.0, 0.0)
     """Seconds from a request to its answer: at random between these."""
+
+
+AT_ONCE: Final = Settings()
 
 
 class _Connection(asyncio.Protocol):
@@ -117,9 +122,9 @@ class _Connection(asyncio.Protocol):
                 self._accepted_at[service_id] = now
         self._notes.add(service_id, number, accepted, now)
         body = b"MSG_OK:%d" % len(self._notes) if accepted else b"LIMIT_DELAY"
-        answer = (
-            b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b"
-            % (len(body), body)
+        answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b" % (
+            len(body),
+            body,
         )
         least, most = self._answer_after
         if most:
@@ -153,7 +158,7 @@ class Provider:
     @classmethod
     @asynccontextmanager
     async def running(
-        cls, folder: Path, settings: Settings = Settings(), *, room: int = 1_000_000
+        cls, folder: Path, settings: Settings = AT_ONCE, *, room: int = 1_000_000
     ) -> AsyncIterator[Self]:
         """Run a provider in a process of its own; `room`: requests that it can note."""
         path = folder / "notes"

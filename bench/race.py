@@ -69,7 +69,7 @@ class Sample(NamedTuple):
     """How things stood at one moment."""
 
     at: float
-    count: int
+    arrived: int
     worker: float
     """Seconds of CPU of the contender so far; likewise the others."""
     provider: float
@@ -104,9 +104,9 @@ async def until_count(notes: Notes, count: int, *watched: Process) -> None:
         await asyncio.sleep(LOOK)
 
 
-def rate(notes: Notes, first: int = 0) -> float:
-    """Requests a second from the given one on."""
-    arrivals = notes.since(first)
+def rate(notes: Notes, first: int = 0, last: int | None = None) -> float:
+    """Requests a second from the given one on, to another one or to the end."""
+    arrivals = notes.since(first)[: None if last is None else last - first]
     return (len(arrivals) - 1) / (arrivals[-1].at - arrivals[0].at) * 1e9
 
 
@@ -155,7 +155,7 @@ async def race(server: Server, contender: Contender, count: int) -> Result:
             await process.exited()
         if len(provider.notes) != count:
             raise RuntimeError(f"{contender.name} sent {len(provider.notes)} of {count} messages")
-        messages = last.count - first.count
+        messages = last.arrived - first.arrived
         return Result(
             rate(provider.notes),
             (last.worker - first.worker) / messages,
@@ -170,5 +170,5 @@ async def race(server: Server, contender: Contender, count: int) -> Result:
 async def until_recorded(server: Server, database: str, query: str, count: int) -> None:
     """Wait until so many answers are kept."""
     async with server.connection(database) as connection, asyncio.timeout(PATIENCE):
-        while await connection.fetchval(query) < count:
+        while await connection.fetchval(query) < count:  # noqa: ASYNC110 - the database has no event
             await asyncio.sleep(0.1)

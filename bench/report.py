@@ -117,16 +117,17 @@ def write(folder: Path, name: str, where: dict[str, Any], findings: Iterable[Fin
     findings = list(findings)
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(
-        json.dumps(where | {"findings": [asdict(finding) for finding in findings]}, indent=1)
-        + "\n"
+        json.dumps(where | {"findings": [asdict(finding) for finding in findings]}, indent=1) + "\n"
     )
     lines = [
         "# Benchmark results",
         "",
-        f"Made by `{where['command']}` at {where['at']}, commit {where['commit']}, on "
-        f"{where['machine']['cores']} cores of {where['machine']['processor']}, "
-        f"{where['machine']['memory_gib']} GiB, {where['machine']['system']}; load before: "
-        f"{', '.join(map(str, where['load_before']))}.",
+        (
+            f"Made by `{where['command']}` at {where['at']}, commit {where['commit']}, on "
+            f"{where['machine']['cores']} cores of {where['machine']['processor']}, "
+            f"{where['machine']['memory_gib']} GiB, {where['machine']['system']}; load before: "
+            f"{', '.join(map(str, where['load_before']))}."
+        ),
         "",
         ", ".join(f"{library} {found}" for library, found in where["versions"].items()) + ".",
         "",
@@ -135,15 +136,13 @@ def write(folder: Path, name: str, where: dict[str, Any], findings: Iterable[Fin
     for finding in findings:
         lines += ["", f"## {finding.title}", ""]
         lines += _markdown(finding.columns, finding.rows)
-        lines += [""] + [f"- {note}" for note in finding.notes]
+        lines += ["", *(f"- {note}" for note in finding.notes)]
         if finding.targets:
-            lines += [""] + _markdown(
-                ("goal", "", "measured", ""),
-                [
-                    [target.what, target.goal, target.measured, "met" if target.met else "not met"]
-                    for target in finding.targets
-                ],
-            )
+            met = [
+                [target.what, target.goal, target.measured, "met" if target.met else "not met"]
+                for target in finding.targets
+            ]
+            lines += ["", *_markdown(("goal", "", "measured", ""), met)]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 

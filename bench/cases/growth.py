@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Final
 
 from bench.contenders.task import FIRST_NUMBER, SERVICE, USER, Task
 from bench.database import Connection, Server
+from bench.processes import Process
 from bench.provider import Provider
 from bench.race import Contender, rate, until_count
-from bench.report import Finding, Target, progress, spread
+from bench.report import Finding, Target, percentile, progress, spread
 from bench.size import Size
 from dispatcher.db import outbox, quota, workers
 from dispatcher.db.pool import Session
@@ -28,26 +29,46 @@ CLAIM: Final = 100
 CLAIMS: Final = 30
 """Statements of each kind that are timed."""
 
+WARM: Final = 8
+"""Statements before those, for the plans and the pages."""
+
+SURVEY: Final = 1.0
+"""Seconds from one survey to the next, as with the worker's default."""
+
 URGENT: Final = 5
 """Messages of high priority sent past the backlog."""
 
-_SERVICES = "INSERT INTO service (service_id, user_id) SELECT $1::bigint + s, $2::bigint FROM generate_series(0, $3::integer) s"
+SERVICES = """
+INSERT INTO service (service_id, user_id)
+SELECT $1::bigint + s, $2::bigint
+FROM generate_series(0, $3::integer) s
+"""
 
 _FILL = """
 INSERT INTO outbox (service_id, msisdn, text, status, worker_id, claimed_at)
-SELECT $1::bigint + n % $3::bigint, ($2::bigint + n)::text, 'Your invoice ' || n || ' is ready', $5, 1, now()
+SELECT
+    $1::bigint + n % $3::bigint, ($2::bigint + n)::text, 'Your invoice ' || n || ' is ready',
+    $5, 1, now()
 FROM generate_series(1, $4::integer) n
 """
 
 
 @dataclass(slots=True)
-class Found:
-    """What was measured in one situation, a value a round."""
+class Situation:
+    """A database, and what was measured in it."""
 
     label: str
+    pending: int
+    services: int = 1
+    busy: int = 1
+    """Services with work."""
+    finished: int = 0
+    sent: int = 0
+    """Messages sent since another session began to hold a snapshot."""
+    database: str = ""
     claim_ms: list[float] = field(default_factory=list)
     record_ms: list[float] = field(default_factory=list)
-    waiting_ms: list[float] = field(default_factory=list)
+    survey_ms: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
 
 
@@ -58,6 +79,8 @@ class Statements:
         self._session = session
         self._services = services
         self._worker = 0
+        self._heads: dict[int, dict[int, outbox.Head]] = {}
+        self._surveyed_at = 0.0
 
     @classmethod
     @asynccontextmanager
@@ -74,10 +97,12 @@ class Statements:
 
     async def turn(self, messages: int = CLAIM) -> tuple[int, float, float]:
         """Claim and record once: how many, and the milliseconds of each statement."""
+        if time.perf_counter() - self._surveyed_at > SURVEY:
+            await self.survey()
         each = max(1, messages // len(self._services))
         began = time.perf_counter()
         claim = await outbox.claim(
-            self._session, self._worker, dict.fromkeys(self._services, each)
+            self._session, self._worker, dict.fromkeys(self._services, each), heads=self._heads
         )
         claimed = time.perf_counter()
         results = [
@@ -97,11 +122,13 @@ class Statements:
         recorded = time.perf_counter()
         return len(results), (claimed - began) * 1000, (recorded - sent) * 1000
 
-    async def waiting(self) -> float:
+    async def survey(self) -> float:
         """Milliseconds to learn which services have work."""
         began = time.perf_counter()
-        await outbox.waiting(self._session, "default")
-        return (time.perf_counter() - began) * 1000
+        found = await outbox.waiting(self._session, "default")
+        ended = self._surveyed_at = time.perf_counter()
+        self._heads = {waiting.service_id: waiting.heads for waiting in found}
+        return (ended - began) * 1000
 
 
 async def fill(
@@ -112,40 +139,60 @@ async def fill(
     await connection.execute("VACUUM ANALYZE outbox")
 
 
+async def _make(server: Server, stack: AsyncExitStack, situation: Situation) -> None:
+    """Make its database, with what is special about it."""
+    database = await stack.enter_async_context(server.database(migrated=True))
+    situation.database = database
+    async with server.connection(database) as connection:
+        await connection.execute(SERVICES, SERVICE, USER, situation.services - 1)
+        if situation.finished:
+            await fill(connection, situation.finished, status="accepted")
+        if situation.sent:
+            await fill(connection, situation.sent)
+            holder = await stack.enter_async_context(server.connection(database))
+            await holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            await holder.execute("SELECT count(*) FROM service")
+            await churn(server, database, situation.sent)
+        await _top_up(connection, situation)
+
+
+async def _top_up(connection: Connection, situation: Situation) -> None:
+    """Have as many messages wait as there should be."""
+    there = await connection.fetchval("SELECT count(*) FROM outbox WHERE status = 'pending'")
+    if there < situation.pending:
+        await fill(connection, situation.pending - there, services=situation.busy)
+
+
+async def _time_statements(server: Server, situations: Sequence[Situation]) -> None:
+    """Time the worker's statements in all situations, in turn, each alone."""
+    async with AsyncExitStack() as stack:
+        statements = [
+            await stack.enter_async_context(
+                Statements.ready(
+                    server.dsn(situation.database), range(SERVICE, SERVICE + situation.busy)
+                )
+            )
+            for situation in situations
+        ]
+        for number in range(-WARM, CLAIMS):
+            for situation, ours in zip(situations, statements, strict=True):
+                survey = await ours.survey()
+                _, claim, record = await ours.turn()
+                if number >= 0:
+                    situation.survey_ms.append(survey)
+                    situation.claim_ms.append(claim)
+                    situation.record_ms.append(record)
+
+
 @asynccontextmanager
-async def _situation(
-    server: Server, prepare: Callable[[Connection], Awaitable[None]], *, services: int = 1
-) -> AsyncIterator[str]:
-    async with server.database(migrated=True) as database:
-        async with server.connection(database) as connection:
-            await connection.execute(_SERVICES, SERVICE, USER, services - 1)
-            await prepare(connection)
-        yield database
-
-
-async def _observe(server: Server, database: str, found: Found, count: int, busy: int) -> None:
-    """Time the statements, then let a worker send."""
-    services = range(SERVICE, SERVICE + busy)
-    async with Statements.ready(server.dsn(database), services) as statements:
-        await statements.turn()
-        turns = [await statements.turn() for _ in range(CLAIMS)]
-        found.claim_ms.append(median(claim for _, claim, _ in turns))
-        found.record_ms.append(median(record for _, _, record in turns))
-        found.waiting_ms.append(median([await statements.waiting() for _ in range(5)]))
-    async with _sending(server, database) as (provider, _):
-        await until_count(provider.notes, count)
-        found.rates.append(rate(provider.notes, count // 20))
-
-
-@asynccontextmanager
-async def _sending(server: Server, database: str) -> AsyncIterator[tuple[Provider, Task]]:
+async def _sending(server: Server, database: str) -> AsyncIterator[tuple[Provider, Process]]:
     """A worker at work on what waits in a database."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispatcher-grow-")))
         provider = await stack.enter_async_context(Provider.running(folder))
         task = Task(server.dsn(database), provider.url, 0)
         process = await stack.enter_async_context(Contender("dispatcher").running(task, folder))
-        yield provider, task
+        yield provider, process
         process.check()
         await process.stop()
 
@@ -172,61 +219,31 @@ async def churn(server: Server, database: str, count: int, *, at_once: int = 2) 
 
 async def measure(server: Server, size: Size) -> list[Finding]:
     """The situations in turn, and how fast an urgent message gets past a backlog."""
-    few, spare = size.few, CLAIM * (CLAIMS + 1)
-    count = few - CLAIM * (CLAIMS + 1)
-    base = Found(f"{few:,} pending")
-    many = Found(f"{size.pending:,} pending")
-    beside = Found(f"{few:,} pending, {size.pending:,} finished beside")
-    snapshot = Found(f"{few:,} pending, {size.pending // 10:,} sent under an old snapshot")
-    ten = Found("10 services")
-    thousand = Found("1,000 services, 10 with work")
-    urgent: list[float] = []
-
-    async def small(connection: Connection) -> None:
-        await fill(connection, few)
-
-    async def large(connection: Connection) -> None:
-        await fill(connection, size.pending)
-
-    async def finished(connection: Connection) -> None:
-        await fill(connection, size.pending, status="accepted")
-        await fill(connection, few)
-
-    async def used(connection: Connection) -> None:
-        await fill(connection, few + size.pending // 10)
-
-    async def shared(connection: Connection) -> None:
-        await fill(connection, few, services=10)
-
-    async with (
-        _situation(server, large) as full,
-        _situation(server, finished) as old,
-        _situation(server, used) as held,
-        server.connection(held) as holder,
-    ):
-        await holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-        await holder.execute("SELECT count(*) FROM service")
-        progress("growth: messages sent under an old snapshot")
-        await churn(server, held, size.pending // 10)
+    few, lots = size.few, size.pending
+    sent = lots // 10
+    base = Situation(f"{few:,} pending", few)
+    many = Situation(f"{lots:,} pending", lots)
+    beside = Situation(f"{few:,} pending, {lots:,} finished beside", few, finished=lots)
+    snapshot = Situation(f"{few:,} pending, {sent:,} sent under an old snapshot", few, sent=sent)
+    ten = Situation("10 services", few, services=10, busy=10)
+    thousand = Situation("1,000 services, 10 with work", few, services=1000, busy=10)
+    situations = (base, many, beside, snapshot, ten, thousand)
+    async with AsyncExitStack() as stack:
+        for situation in situations:
+            progress(f"growth: making {situation.label}")
+            await _make(server, stack, situation)
+        progress("growth: the worker's statements, each alone")
+        await _time_statements(server, situations)
         for number in range(size.growth_rounds):
-            told = f"growth, round {number + 1} of {size.growth_rounds}"
-            for found, database in ((many, full), (beside, old), (snapshot, held)):
-                progress(f"{told}: {found.label}")
-                if number and database != full:
-                    async with server.connection(database) as connection:
-                        await fill(connection, few)
-                await _observe(server, database, found, count, 1)
-            for found, prepare, services, busy in (
-                (base, small, 1, 1),
-                (ten, shared, 10, 10),
-                (thousand, shared, 1000, 10),
-            ):
-                progress(f"{told}: {found.label}")
-                async with _situation(server, prepare, services=services) as database:
-                    await _observe(server, database, found, count, busy)
-        await holder.execute("ROLLBACK")
+            for situation in situations if number % 2 == 0 else situations[::-1]:
+                progress(f"growth, round {number + 1} of {size.growth_rounds}: {situation.label}")
+                async with server.connection(situation.database) as connection:
+                    await _top_up(connection, situation)
+                async with _sending(server, situation.database) as (provider, process):
+                    await until_count(provider.notes, few - few // 20, process)
+                    situation.rates.append(rate(provider.notes, few // 20))
         progress("growth: urgent messages past a large backlog")
-        urgent = await _urgent(server, full)
+        urgent = await _urgent(server, many.database)
     pairs = (
         (many, base, 0.10),
         (beside, base, 0.10),
@@ -240,13 +257,18 @@ async def measure(server: Server, size: Size) -> list[Finding]:
             ("", "messages/s", f"claim of {CLAIM}, ms", f"record of {CLAIM}, ms", "survey, ms"),
             [
                 [
-                    found.label,
-                    spread(found.rates, "{:,.0f}".format),
-                    spread(found.claim_ms, "{:.2f}".format),
-                    spread(found.record_ms, "{:.2f}".format),
-                    spread(found.waiting_ms, "{:.2f}".format),
+                    situation.label,
+                    spread(situation.rates, "{:,.0f}".format),
+                    *(
+                        _quartiles(values)
+                        for values in (
+                            situation.claim_ms,
+                            situation.record_ms,
+                            situation.survey_ms,
+                        )
+                    ),
                 ]
-                for found in (base, many, beside, snapshot, ten, thousand)
+                for situation in situations
             ],
             [
                 target
@@ -258,21 +280,28 @@ async def measure(server: Server, size: Size) -> list[Finding]:
             ]
             + [
                 Target(
-                    f"an urgent message past {size.pending:,}",
+                    f"an urgent message past {lots:,}",
                     "< 1 s",
                     f"{max(urgent):,.0f} ms at most",
                     max(urgent) < 1000,
                 )
             ],
             [
-                f"Claim, record and survey are the worker's own statements, timed alone "
-                f"({CLAIMS} of each, medians); {spare:,} messages go to them.",
+                (
+                    "Claim, record and survey: the worker's own statements, each alone, "
+                    f"{CLAIMS} of each, in all situations in turn; medians and quartiles."
+                ),
                 f"Urgent: {URGENT} messages of priority 9, from the commit to the arrival.",
             ],
             {
                 "situations": {
-                    found.label: {"rates": found.rates, "claim_ms": found.claim_ms}
-                    for found in (base, many, beside, snapshot, ten, thousand)
+                    situation.label: {
+                        "rates": situation.rates,
+                        "claim_ms": situation.claim_ms,
+                        "record_ms": situation.record_ms,
+                        "survey_ms": situation.survey_ms,
+                    }
+                    for situation in situations
                 },
                 "pairs": [[found.label, against.label] for found, against, _ in pairs],
                 "urgent_ms": urgent,
@@ -281,7 +310,12 @@ async def measure(server: Server, size: Size) -> list[Finding]:
     ]
 
 
-def _slower(what: str, found: Found, against: Found, most: float) -> Target:
+def _quartiles(values: Sequence[float]) -> str:
+    low, middle, high = (percentile(values, share) for share in (0.25, 0.5, 0.75))
+    return f"{middle:.2f} ({low:.2f} - {high:.2f})"
+
+
+def _slower(what: str, found: Situation, against: Situation, most: float) -> Target:
     if what == "rate":
         change = 1 - median(found.rates) / median(against.rates)
     else:

@@ -49,7 +49,9 @@ async def measure(server: Server, size: Size) -> list[Finding]:
             name: (process.cpu() - cpu[name]) / seconds for name, process in processes.items()
         }
         rates = {
-            name: ((await server.counters(databases[name])).transactions - before[name].transactions)
+            name: (
+                (await server.counters(databases[name])).transactions - before[name].transactions
+            )
             / seconds
             for name in CONTENDERS
         }

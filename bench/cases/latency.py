@@ -59,9 +59,11 @@ async def measure(server: Server, size: Size) -> list[Finding]:
                 Target("p99", "< 15 ms", f"{most:.2f} ms", most < 15),
             ],
             [
-                "The commit is taken for done when the client has its answer; "
-                f"{len(waits['dispatcher'])} messages each, at random moments 50 ms apart on "
-                "average.",
+                (
+                    "The commit is taken for done when the client has its answer; "
+                    f"{len(waits['dispatcher'])} messages each, at random moments 50 ms apart on "
+                    "average."
+                ),
             ],
             {"labels": {name: Contender(name).label for name in CONTENDERS}, "ms": waits},
         )

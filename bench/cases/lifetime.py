@@ -81,8 +81,10 @@ async def measure(server: Server, size: Size) -> list[Finding]:
                 )
             ],
             [
-                f"The worker's own statements, {size.lived / seconds:,.0f} messages a second by two "
-                f"sessions, inserts beside them; autovacuum came {vacuums} times.",
+                (
+                    f"The worker's own statements, {size.lived / seconds:,.0f} messages a second "
+                    f"by two sessions, inserts beside them; autovacuum came {vacuums} times."
+                ),
             ],
             {"lived": lived, "fresh": fresh, "seconds": seconds, "rate": size.lived / seconds},
         )

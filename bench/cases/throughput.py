@@ -64,8 +64,10 @@ def _throughput(contenders: list[Contender], results: dict[str, list[Result]]) -
             for name, goal in RATIOS
         ],
         [
-            "From the first request's arrival at the provider to the last one's; median of the "
-            "rounds (least - most). The ratio is taken within each round.",
+            (
+                "From the first request's arrival at the provider to the last one's; median of the "
+                "rounds (least - most). The ratio is taken within each round."
+            ),
             *(f"{contender.label}: {contender.settings}." for contender in contenders),
         ],
         {
@@ -94,9 +96,7 @@ def _cost(contenders: list[Contender], results: dict[str, list[Result]]) -> Find
             [
                 contender.label,
                 of(contender.name, "worker_cpu", 1000, "{:.3f}"),
-                of(contender.name, "database_cpu", 1000, "{:.3f}")
-                if contender.recorded
-                else "-",
+                of(contender.name, "database_cpu", 1000, "{:.3f}") if contender.recorded else "-",
                 of(contender.name, "provider_cpu", 1000, "{:.3f}"),
                 of(contender.name, "transactions", 1, "{:.3f}"),
                 of(contender.name, "wal_bytes", 1, "{:,.0f}"),
@@ -105,7 +105,9 @@ def _cost(contenders: list[Contender], results: dict[str, list[Result]]) -> Find
             for contender in contenders
         ],
         [
-            Target("transactions a message", "<= 0.03", f"{transactions:.3f}", transactions <= 0.03),
+            Target(
+                "transactions a message", "<= 0.03", f"{transactions:.3f}", transactions <= 0.03
+            ),
             Target("WAL a message", "<= 1,000 B", f"{wal:,.0f} B", wal <= 1000),
             Target(
                 "CPU of the worker a message",
@@ -117,8 +119,10 @@ def _cost(contenders: list[Contender], results: dict[str, list[Result]]) -> Find
             Target("memory of the worker", "< 150 MB", f"{memory:.0f} MB", memory < 150),
         ],
         [
-            "CPU in user and kernel mode over the middle nine tenths of a run; transactions and "
-            "WAL of the whole run, its start and end included; memory: the most that was resident.",
+            (
+                "CPU in user and kernel mode over the middle nine tenths of a run; transactions "
+                "and WAL of the whole run, start and end included; memory: the most that was seen."
+            ),
         ],
         {
             name: {

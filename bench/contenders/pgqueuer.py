@@ -36,9 +36,9 @@ async def prepare(task: Task) -> None:
     await queries.install()
     await queries.optimize_autovacuum()
     await connection.execute(_ANSWER)
-    if task.count:
+    if task.total:
         payloads = [json.dumps(list(message)).encode() for message in task.messages]
-        await queries.enqueue(["send"] * task.count, payloads, [0] * task.count)
+        await queries.enqueue(["send"] * task.total, payloads, [0] * task.total)
     await connection.execute("VACUUM ANALYZE pgqueuer")
     await connection.close()
 
@@ -64,7 +64,7 @@ async def run(task: Task) -> None:
         queue = PgQueuer(AsyncpgPoolDriver(pool))
 
         # Its annotation, were there one, would be looked up for a context to pass in.
-        async def send(job) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        async def send(job) -> None:  # type: ignore[no-untyped-def]
             number, text = json.loads(job.payload)
             parameters = message(0)._replace(number=number, text=text).parameters
             async with session.get(task.url, params=parameters) as response:

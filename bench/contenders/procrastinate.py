@@ -29,7 +29,7 @@ async def prepare(task: Task) -> None:
     defined = app.task(name="send")(_nothing)
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
-        if task.count:
+        if task.total:
             await defined.batch_defer_async(
                 *({"number": number, "text": text} for number, text in task.messages)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import cast
 from urllib.parse import quote, urlsplit
 
@@ -25,7 +26,7 @@ class _Sender(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._next()
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, _: bytes) -> None:
         self._next()
 
     def _next(self) -> None:
@@ -51,11 +52,11 @@ async def run(task: Task) -> None:
         for message in task.messages
     ]
     loop = asyncio.get_running_loop()
-    all_done = [loop.create_future() for _ in range(CONCURRENCY)]
+    all_done: list[asyncio.Future[None]] = [loop.create_future() for _ in range(CONCURRENCY)]
+    assert address.hostname is not None
+    assert address.port is not None
     for done in all_done:
         await loop.create_connection(
-            lambda done=done: _Sender(requests, done),  # type: ignore[misc]  # a default is the loop's own value
-            address.hostname,
-            address.port,
+            partial(_Sender, requests, done), address.hostname, address.port
         )
     await asyncio.gather(*all_done)

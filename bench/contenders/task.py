@@ -42,21 +42,19 @@ class Task(NamedTuple):
 
     dsn: str
     url: str
-    count: int
+    total: int
 
     @property
     def messages(self) -> Iterator[Message]:
         """All of them, in order."""
-        return (message(index) for index in range(self.count))
+        return (message(index) for index in range(self.total))
 
     @property
     def environment(self) -> dict[str, str]:
         """The task for another process."""
-        return {"BENCH_DSN": self.dsn, "BENCH_URL": self.url, "BENCH_COUNT": str(self.count)}
+        return {"BENCH_DSN": self.dsn, "BENCH_URL": self.url, "BENCH_TOTAL": str(self.total)}
 
     @classmethod
     def here(cls) -> Self:
         """The task that this process was given."""
-        return cls(
-            os.environ["BENCH_DSN"], os.environ["BENCH_URL"], int(os.environ["BENCH_COUNT"])
-        )
+        return cls(os.environ["BENCH_DSN"], os.environ["BENCH_URL"], int(os.environ["BENCH_TOTAL"]))
