@@ -26,7 +26,7 @@ from dispatcher.provider import Provider
 from dispatcher.recorder import Recorder
 from dispatcher.rescuer import Rescuer
 from dispatcher.server import PortTaken, Server
-from dispatcher.settings import Settings
+from dispatcher.settings import Settings, SettingsError
 from dispatcher.worker import Worker
 
 AGAIN: Final = 0.5
@@ -130,7 +130,11 @@ class App:
             except PortTaken as error:
                 sys.stderr.write(f"{error}\n")
                 return 1
-            complaint = await self._wait_for_schema()
+            try:
+                complaint = await self._wait_for_schema()
+            except SettingsError as error:
+                sys.stderr.write(f"{error}\n")
+                return 2
             if complaint is not None:
                 sys.stderr.write(f"{complaint}\n")
                 return 1

@@ -71,6 +71,7 @@ class Settings(BaseSettings):
         frozen=True,
         hide_input_in_errors=True,
         populate_by_name=True,
+        validate_default=False,  # a check of the region would load every numbering plan
     )
 
     database_url: str | None = Field(
@@ -107,6 +108,12 @@ class Settings(BaseSettings):
     def _is_postgres(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("postgresql://", "postgres://")):
             raise ValueError("it must begin with postgresql://")
+        if value is not None:
+            hosts = value.partition("://")[2].partition("/")[0].partition("?")[0]
+            for host in hosts.rpartition("@")[2].split(","):
+                port = host.rpartition("]")[2].partition(":")[2]
+                if port and not (port.isascii() and port.isdecimal() and 0 < int(port) < 65_536):
+                    raise ValueError("its port must be 1 to 65535")
         return value
 
     @field_validator("provider_url")

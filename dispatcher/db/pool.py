@@ -13,6 +13,7 @@ import asyncpg
 from asyncpg import Record
 
 from dispatcher import clock
+from dispatcher.settings import SettingsError
 
 __all__ = [
     "FAILURES",
@@ -67,7 +68,7 @@ def reason(error: BaseException) -> str:
 async def connect(dsn: str, *, name: str, timeout: float) -> asyncpg.Connection:
     """Open one connection; statements on it end after `timeout` seconds on both sides.
 
-    Raises DatabaseLost.
+    Raises DatabaseLost, and SettingsError if the address cannot be one.
     """
     try:
         async with asyncio.timeout(timeout):
@@ -85,6 +86,8 @@ async def connect(dsn: str, *, name: str, timeout: float) -> asyncpg.Connection:
                     "timezone": "UTC",
                 },
             )
+    except (asyncpg.ClientConfigurationError, ValueError) as error:
+        raise SettingsError(f"DATABASE_URL is wrong: {reason(error).rstrip('.')}.") from None
     except FAILURES as error:
         if lost(error):
             raise DatabaseLost(reason(error)) from None

@@ -196,6 +196,23 @@ CREATE TRIGGER outbox_status_at BEFORE UPDATE OF status ON outbox
     EXECUTE FUNCTION dispatcher_status_at()
 """
 
+# The number that was read belongs to the one that was written.
+UNREAD = """
+CREATE FUNCTION dispatcher_unread() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.recipient := NULL;
+    RETURN NEW;
+END
+$$
+"""
+
+UNREAD_TRIGGER = """
+CREATE TRIGGER outbox_unread BEFORE UPDATE OF msisdn ON outbox
+    FOR EACH ROW
+    WHEN (NEW.msisdn IS DISTINCT FROM OLD.msisdn)
+    EXECUTE FUNCTION dispatcher_unread()
+"""
+
 ATTEMPT = """
 CREATE TABLE attempt (
     message_id bigint NOT NULL,
@@ -304,6 +321,8 @@ def upgrade() -> None:
         *OUTBOX_INDEXES,
         STATUS_AT,
         STATUS_AT_TRIGGER,
+        UNREAD,
+        UNREAD_TRIGGER,
         ATTEMPT,
         EGRESS,
         EGRESS_SERVICE,
