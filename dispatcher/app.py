@@ -51,8 +51,16 @@ log = structlog.stdlib.get_logger()
 async def run(settings: Settings) -> int:
     """Run one worker until SIGTERM or SIGINT; returns the exit code."""
     logs.configure(settings.log_format, settings.log_level)
+    code = 2
     with _database(settings) as dsn:
-        return await App(settings, dsn).run()
+        try:
+            code = await App(settings, dsn).run()
+        except* SettingsError as errors:
+            wrong: BaseException = errors
+            while isinstance(wrong, BaseExceptionGroup):
+                wrong = wrong.exceptions[0]
+            sys.stderr.write(f"{wrong}\n")
+    return code
 
 
 @contextmanager
@@ -130,11 +138,7 @@ class App:
             except PortTaken as error:
                 sys.stderr.write(f"{error}\n")
                 return 1
-            try:
-                complaint = await self._wait_for_schema()
-            except SettingsError as error:
-                sys.stderr.write(f"{error}\n")
-                return 2
+            complaint = await self._wait_for_schema()
             if complaint is not None:
                 sys.stderr.write(f"{complaint}\n")
                 return 1
