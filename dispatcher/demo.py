@@ -580,9 +580,9 @@ class End:
     def shown(self) -> RenderableType:
         """The result for people, within 80 columns."""
         parts: list[RenderableType] = [
-            Text(f"\nIn {self.seconds:.1f} seconds, this became of {TOTAL:,} messages:\n"),
+            Text(f"\nWhat became of {TOTAL:,} messages in {self.seconds:.1f} seconds:\n"),
             self._became(),
-            Text("\nThis held them back:\n"),
+            Text("\nWhat held them back:\n"),
             self._held(),
             Text(f"\nThe simulator counted {self.received['accepted']:,} accepted messages."),
             Text(f"Received twice: {self.twice}. Lost: {self.lost}.", style="bold"),
