@@ -562,7 +562,7 @@ class Worker:
 
     async def _read_numbers(self, rows: list[Record]) -> None:
         region = self._settings.region
-        numbers = {row["id"]: normalise(row["msisdn"], region) for row in rows}
+        numbers = {(row["id"], row["msisdn"]): normalise(row["msisdn"], region) for row in rows}
         for row in await outbox.read_numbers(self._session, numbers):
             self._tell_refused(row)
 

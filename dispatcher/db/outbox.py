@@ -422,7 +422,8 @@ async def claim(
     return found
 
 
-# Keep the numbers that were read, and refuse what is not a number.
+# Keep the numbers that were read, and refuse what is not a number; one that was put right
+# meanwhile is read anew.
 _READ = """
 UPDATE outbox o
 SET recipient = r.recipient,
@@ -430,18 +431,25 @@ SET recipient = r.recipient,
     status_at = CASE WHEN r.recipient IS NULL THEN clock_timestamp() ELSE o.status_at END,
     error = CASE WHEN r.recipient IS NULL
         THEN 'The number is not one that can be dialled; correct it.' ELSE o.error END
-FROM unnest($1::bigint[], $2::text[]) AS r (id, recipient)
-WHERE o.id = r.id AND o.status = 'pending'
+FROM unnest($1::bigint[], $2::text[], $3::text[]) AS r (id, msisdn, recipient)
+WHERE o.id = r.id AND o.msisdn = r.msisdn AND o.status = 'pending'
 RETURNING o.id, o.service_id, o.status, o.msisdn, o.attempts, o.error
 """
 
 
-async def read_numbers(session: Session, numbers: Mapping[int, str | None]) -> list[Record]:
-    """Write each message's international number; None refuses it. Raises DatabaseLost.
+async def read_numbers(
+    session: Session, numbers: Mapping[tuple[int, str], str | None]
+) -> list[Record]:
+    """Write the international number of each (message, number as written); None refuses it.
 
-    Returns the rows that were refused.
+    Returns the rows that were refused. Raises DatabaseLost.
     """
-    rows = await session.fetch(_READ, list(numbers), list(numbers.values()))
+    rows = await session.fetch(
+        _READ,
+        [message_id for message_id, _ in numbers],
+        [written for _, written in numbers],
+        list(numbers.values()),
+    )
     return [row for row in rows if row["status"] == Status.REJECTED]
 
 

@@ -213,6 +213,22 @@ CREATE TRIGGER outbox_unread BEFORE UPDATE OF msisdn ON outbox
     EXECUTE FUNCTION dispatcher_unread()
 """
 
+# A number that is put right while its message waits must not go out as it was read before.
+NUMBER_CHANGED = """
+CREATE FUNCTION dispatcher_number_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.recipient := NULL;
+    RETURN NEW;
+END
+$$
+"""
+
+NUMBER_CHANGED_TRIGGER = """
+CREATE TRIGGER outbox_number_changed BEFORE UPDATE OF msisdn ON outbox
+    FOR EACH ROW WHEN (NEW.msisdn <> OLD.msisdn)
+    EXECUTE FUNCTION dispatcher_number_changed()
+"""
+
 ATTEMPT = """
 CREATE TABLE attempt (
     message_id bigint NOT NULL,
@@ -321,6 +337,8 @@ def upgrade() -> None:
         *OUTBOX_INDEXES,
         STATUS_AT,
         STATUS_AT_TRIGGER,
+        NUMBER_CHANGED,
+        NUMBER_CHANGED_TRIGGER,
         UNREAD,
         UNREAD_TRIGGER,
         ATTEMPT,

@@ -248,10 +248,30 @@ async def test_number_is_read_before_it_is_claimed(connection: Connection, worke
     assert (await message(connection, written))["status"] == "pending"
     assert await used(connection) == (0, 0, 0)
 
-    assert await outbox.read_numbers(worker.session, {written: NUMBER}) == []
+    assert await outbox.read_numbers(worker.session, {(written, "088 123 4567"): NUMBER}) == []
     (row,) = (await worker.claim()).sending
     assert row["number"] == NUMBER
     assert (await message(connection, written))["msisdn"] == "088 123 4567"
+
+
+async def test_number_that_is_put_right(connection: Connection, worker: Peer) -> None:
+    """A number that is changed while its message waits goes out as it is now, read or not."""
+    await add_service(connection, timezone=midweek())
+    change = "UPDATE outbox SET msisdn = $2 WHERE id = $1"
+    read = await add_message(connection, msisdn="088 123 4567")
+    unread = await add_message(connection, msisdn="088 123 4567")
+    await outbox.read_numbers(worker.session, {(read, "088 123 4567"): NUMBER})
+    await connection.execute(change, read, "0887654321")
+    await connection.execute(change, unread, "0887654321")
+    await outbox.read_numbers(
+        worker.session, {(unread, "088 123 4567"): NUMBER, (unread, "0887654321"): None}
+    )
+
+    claim = await worker.claim()
+
+    assert claim.sending == []
+    assert [(row["id"], row["msisdn"]) for row in claim.unread] == [(read, "0887654321")]
+    assert (await message(connection, unread))["status"] == "rejected"
 
 
 async def test_no_number_is_rejected(connection: Connection, worker: Peer) -> None:
@@ -260,7 +280,9 @@ async def test_no_number_is_rejected(connection: Connection, worker: Peer) -> No
     bad = await add_message(connection, msisdn="hello")
     cancelled = await add_message(connection, msisdn="hello", status="cancelled")
 
-    refused = await outbox.read_numbers(worker.session, {bad: None, cancelled: None})
+    refused = await outbox.read_numbers(
+        worker.session, {(bad, "hello"): None, (cancelled, "hello"): None}
+    )
 
     assert [row["id"] for row in refused] == [bad]
     row = await message(connection, bad)

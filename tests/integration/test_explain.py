@@ -134,7 +134,9 @@ STATEMENTS: dict[str, Callable[[Session, Peer], Awaitable[object]]] = {
         {SERVICE: 10, 7: 10, 8: 10},
         heads={SERVICE: {0: ("2026-01-01 00:00:00+00", 1)}, 7: {0: ("-infinity", 1)}},
     ),
-    "read_numbers": lambda session, _: outbox.read_numbers(session, {5: "359881234567", 6: None}),
+    "read_numbers": lambda session, _: outbox.read_numbers(
+        session, {(5, "088 123 4567"): "359881234567", (6, "none"): None}
+    ),
     "record": lambda session, worker: outbox.record(
         session,
         [
