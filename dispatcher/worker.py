@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
 from functools import partial
 from random import random
 from typing import Final
@@ -83,7 +83,9 @@ class Worker:
         self._metrics = metrics
         self._database = database
         self._pacer = Pacer(self._reserve)
-        self._places = asyncio.Semaphore(settings.concurrency)
+        self._places = settings.concurrency
+        self._paced: deque[tuple[Message, Slot | None]] = deque()
+        self._unpaced: deque[tuple[Message, Slot | None]] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
         self._survey_at = 0.0
@@ -399,35 +401,64 @@ class Worker:
         key = (message.id, message.claim_no)
         self.held[key] = self._sending[key] = message
         self._held_by_service[message.service_id] += 1
-        task = self._group.create_task(self._send(message))
+        if message.slot is None:
+            self._start(message, None)
+        else:
+            slot = Slot(message.service_id, message.slot, message.delay, last=message.last_slot)
+            self._spawn(self._approach(message, slot))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._group.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _send(self, message: Message) -> None:
+    async def _approach(self, message: Message, slot: Slot) -> None:
+        self._awaiting_slot += 1
+        try:
+            await until(slot.at - APPROACH)
+        finally:
+            self._awaiting_slot -= 1
+        self._start(message, slot)
+
+    def _start(self, message: Message, slot: Slot | None) -> None:
+        """Send a message if there is a place for it, or as soon as there is one."""
+        if self._places > 0:
+            self._places -= 1
+            self._spawn(self._keep_sending(message, slot))
+        else:
+            (self._unpaced if slot is None else self._paced).append((message, slot))
+
+    async def _keep_sending(self, message: Message, slot: Slot | None) -> None:
+        """Send one message after the other, those that have a slot first, while any waits.
+
+        A task and a semaphore for each message took a fifteenth of the worker's time, measured.
+        """
+        try:
+            while True:
+                await self._send(message, slot)
+                waiting = self._paced or self._unpaced
+                if not waiting:
+                    return
+                message, slot = waiting.popleft()
+        finally:
+            self._places += 1
+
+    async def _send(self, message: Message, slot: Slot | None) -> None:
         key = (message.id, message.claim_no)
-        slot = None
-        if message.slot is not None:
-            slot = Slot(message.service_id, message.slot, message.delay, last=message.last_slot)
-            self._awaiting_slot += 1
-            try:
-                await until(message.slot - APPROACH)
-            finally:
-                self._awaiting_slot -= 1
-        async with self._places:
-            try:
-                reply = await self._provider.send(
-                    user_id=message.user_id,
-                    service_id=message.service_id,
-                    msisdn=message.msisdn,
-                    text=message.text,
-                    extended=message.extended,
-                    check=partial(self._refusal, message, slot),
-                    wait=None if slot is None else partial(self._pacer.wait, slot),
-                )
-            except Exception as error:  # noqa: BLE001 - see _poisoned
-                settled = self._poisoned(message, error)
-            else:
-                settled = self._settled(message, reply)
+        try:
+            reply = await self._provider.send(
+                user_id=message.user_id,
+                service_id=message.service_id,
+                msisdn=message.msisdn,
+                text=message.text,
+                extended=message.extended,
+                check=partial(self._refusal, message, slot),
+                wait=None if slot is None else partial(self._pacer.wait, slot),
+            )
+        except Exception as error:  # noqa: BLE001 - see _poisoned
+            settled = self._poisoned(message, error)
+        else:
+            settled = self._settled(message, reply)
         if slot is not None and slot.missed:
             log.debug("slot.missed", id=message.id, times=slot.missed)
         self._left.discard(key)
