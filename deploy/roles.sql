@@ -78,6 +78,9 @@ EXECUTE FUNCTION dispatcher_only_cancel();
 
 GRANT SELECT ON alembic_version TO dispatcher_worker;
 
+-- Only where DISPATCHER_PRUNE_DAYS is set does a worker remove messages; it then needs this too:
+-- GRANT DELETE ON outbox, attempt, delivery_report, quota_usage TO dispatcher_worker;
+
 GRANT SELECT, UPDATE (blocked_until, blocked_reason) ON service TO dispatcher_worker;
 
 -- It never changes what a user wrote.

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Final
 
@@ -19,6 +20,7 @@ from dispatcher.breaker import Breaker
 from dispatcher.db import migrations, workers
 from dispatcher.db.listen import listen
 from dispatcher.db.pool import DatabaseClock, DatabaseLost, Session, connect
+from dispatcher.db.prune import prune
 from dispatcher.embedded import EmbeddedPostgres
 from dispatcher.lease import Lease
 from dispatcher.metrics import Metrics
@@ -38,6 +40,9 @@ PINGS: Final = 2
 STANDS_STILL: Final = 30.0
 """Seconds, beyond the poll interval, after which a worker that did not look at the outbox hangs;
 a statement that waits for its timeout is no hang."""
+
+PRUNE: Final = 3600.0
+"""Seconds between two rounds that remove old messages."""
 
 WATCHDOG: Final = 5.0
 """Seconds between two signs of life for the supervisor."""
@@ -211,6 +216,7 @@ class App:
             records = await stack.enter_async_context(self._session("record"))
             rescues = await stack.enter_async_context(self._session("rescue"))
             beats = await stack.enter_async_context(self._session("beat"))
+            prunes = await stack.enter_async_context(self._session("prune"))
             slots = await stack.enter_async_context(self._session("pace"))
             provider = await stack.enter_async_context(
                 Provider(
@@ -264,6 +270,7 @@ class App:
                 "watchdog": self._watchdog(worker),
                 "listen": self._listen(worker, breaker),
                 "rescue": rescuer.run(),
+                "prune": self._prune(prunes),
                 "heartbeat": heartbeat.beat(
                     rescues, settings.egress, recorder.recorded, self._watch.of("rescue")
                 ),
@@ -382,6 +389,23 @@ class App:
                 await asyncio.sleep(min(AGAIN, lease.seconds / 10))
                 continue
             await asyncio.sleep(lease.seconds / 4)
+
+    async def _prune(self, session: Session) -> None:
+        """Remove what has been finished for long, once an hour, if that is wanted."""
+        days = self._settings.prune_days
+        told = self._watch.of("prune")
+        while True:
+            if days is not None:
+                messages = 0
+                try:
+                    async for pruned in prune(session, timedelta(days=days)):
+                        messages = pruned.messages
+                    told(None)
+                except DatabaseLost as error:
+                    told(str(error))
+                if messages:
+                    log.info("outbox.pruned", messages=messages)
+            await asyncio.sleep(PRUNE)
 
     async def _watchdog(self, worker: Worker) -> None:
         """Tell the supervisor that the loop goes round, for as long as it does."""

@@ -90,6 +90,8 @@ class Settings(BaseSettings):
     ban_backoff_max: float = Field(3600, gt=0, le=604_800)
     probe_interval: float = Field(600, gt=0, le=604_800)
     unknown_retry_after: float = Field(60, ge=0, le=604_800)
+    prune_days: float | None = Field(None, ge=1, le=36_500)
+    """Days after which finished messages are removed by a worker; None leaves it to `prune`."""
     region: str = Field("BG", pattern="^[A-Z]{2}$")
     http_host: str = Field("127.0.0.1", min_length=1)
     http_port: int = Field(8080, ge=0, le=65_535)

@@ -163,6 +163,7 @@ locked AS MATERIALIZED (
         CASE WHEN d.closed_until > a.now THEN 0 ELSE a.day_limit - d.used END AS day_left,
         CASE WHEN w.closed_until > a.now THEN 0 ELSE a.week_limit - w.used END AS week_left,
         CASE WHEN m.closed_until > a.now THEN 0 ELSE a.month_limit - m.used END AS month_left,
+        greatest(d.closed_until, w.closed_until, m.closed_until) > a.now AS closed,
         greatest(p.next_slot, a.now + make_interval(secs => $7)) AS first_slot,
         CASE WHEN a.min_delay > 0 OR p.extra_delay > '0' THEN
             a.min_delay + extract(epoch FROM p.extra_delay)::float8
@@ -182,7 +183,7 @@ locked AS MATERIALIZED (
 ),
 allowed AS MATERIALIZED (
     SELECT
-        a.*, l.day_left, l.week_left, l.month_left, l.first_slot, l.delay, l.step,
+        a.*, l.day_left, l.week_left, l.month_left, l.closed, l.first_slot, l.delay, l.step,
         greatest(0, least(a.places, s.quota_left, s.slots)) AS places_allowed,
         s.slots < least(a.places, s.quota_left) AS slots_short
     FROM locked l
@@ -339,6 +340,7 @@ SELECT
     extract(epoch FROM greatest(a.first_slot, p.next_slot))::float8,
     extract(epoch FROM a.send_before)::float8, NULL, a.delay,
     CASE
+        WHEN a.closed THEN NULL
         WHEN a.day_left <= coalesce(t.messages, 0) THEN 'day'
         WHEN a.week_left <= coalesce(t.messages, 0) THEN 'week'
         WHEN a.month_left <= coalesce(t.messages, 0) THEN 'month'

@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "ban_backoff_max": 3600,
     "probe_interval": 600,
     "unknown_retry_after": 60,
+    "prune_days": None,
     "region": "BG",
     "http_host": "127.0.0.1",
     "http_port": 8080,
@@ -69,6 +70,7 @@ RIGHT: list[tuple[str, str, Any]] = [
     ("DISPATCHER_BAN_BACKOFF_MAX", "60", 60),
     ("DISPATCHER_PROBE_INTERVAL", "1.5", 1.5),
     ("DISPATCHER_UNKNOWN_RETRY_AFTER", "0", 0),
+    ("DISPATCHER_PRUNE_DAYS", "90", 90),
     ("DISPATCHER_REGION", "GB", "GB"),
     ("DISPATCHER_HTTP_HOST", "0.0.0.0", "0.0.0.0"),  # noqa: S104 - nothing listens here
     ("DISPATCHER_HTTP_PORT", "0", 0),
@@ -123,6 +125,7 @@ WRONG = [
     ("DISPATCHER_PROBE_INTERVAL", "0"),
     ("DISPATCHER_UNKNOWN_RETRY_AFTER", "-1"),
     ("DISPATCHER_UNKNOWN_RETRY_AFTER", "nan"),
+    ("DISPATCHER_PRUNE_DAYS", "0"),
     ("DISPATCHER_REGION", "Bulgaria"),
     ("DISPATCHER_REGION", "bg"),
     ("DISPATCHER_REGION", "XX"),
