@@ -455,7 +455,8 @@ async def read_numbers(
     return [row for row in rows if row["status"] == Status.REJECTED]
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: one is made for each message, and freezing takes half of that time.
+@dataclass(slots=True)
 class Result:
     """What became of one claimed message, ready to be recorded."""
 

@@ -38,7 +38,9 @@ def normalise(written: str, region: str) -> str | None:
 
 def masked(number: str) -> str:
     """A number with its middle hidden, for logs: `35988***4567`; `***` for what is no number."""
-    digits = re.sub(r"[^0-9]", "", number)
-    if len(digits) < 10 or not _WRITTEN.fullmatch(number.strip()):
-        return "***"
+    digits = number
+    if not _CANONICAL.fullmatch(number):
+        digits = re.sub(r"[^0-9]", "", number)
+        if len(digits) < 10 or not _WRITTEN.fullmatch(number.strip()):
+            return "***"
     return f"{digits[: min(5, len(digits) - 7)]}***{digits[-4:]}"

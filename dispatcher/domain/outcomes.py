@@ -153,6 +153,8 @@ EXPIRED: Final = Outcome(
 def printable(body: bytes) -> str:
     """The answer as kept with the message: cut, and with a mark for what cannot be shown."""
     text = body[: 4 * REPLY_LIMIT].decode("utf-8", "replace").strip()
+    if text.isprintable():
+        return text[:REPLY_LIMIT]
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[
         :REPLY_LIMIT
     ]
