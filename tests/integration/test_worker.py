@@ -1,0 +1,353 @@
+"""The whole worker in this process, where a test can disturb it: real database, real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import structlog
+
+from dispatcher import worker as worker_module
+from dispatcher.app import App
+from dispatcher.provider import Provider, Reply
+from dispatcher.settings import load
+from dispatcher.simulator.config import Config, merge
+from dispatcher.simulator.server import Simulator
+from tests.builders import add_message, add_messages, add_service
+from tests.integration.peers import (
+    Connection,
+    message,
+    midweek,
+    statuses,
+    used,
+    wait_for,
+)
+
+DELAY = 0.15
+"""Seconds between two messages of a paced service: long enough to do something in between."""
+
+
+class Run:
+    """A worker that runs, and what it has logged."""
+
+    def __init__(self, app: App, events: list[Any]) -> None:
+        self._app = app
+        self._task = asyncio.create_task(app.run())
+        self.events = events
+
+    def seen(self, name: str) -> list[Mapping[str, Any]]:
+        """The events of a name that came so far."""
+        return [event for event in self.events if event["event"] == name]
+
+    async def event(self, name: str, nth: int = 1) -> Mapping[str, Any]:
+        """Wait for the nth event of a name."""
+
+        async def come() -> list[Mapping[str, Any]] | None:
+            found = self.seen(name)
+            return found if len(found) >= nth else None
+
+        found = await wait_for(come, name)
+        assert found is not None
+        return found[nth - 1]
+
+    async def exited(self) -> int:
+        """Wait until it has ended by itself; returns the exit code."""
+        async with asyncio.timeout(30):
+            return await self._task
+
+    async def stop(self) -> int:
+        """Tell it to stop; returns the exit code."""
+        self._app._stop.set()
+        return await self.exited()
+
+
+@asynccontextmanager
+async def provider(**config: object) -> AsyncIterator[Simulator]:
+    """A provider in this process."""
+    async with Simulator(merge(Config(), config)) as simulator:
+        yield simulator
+
+
+@asynccontextmanager
+async def running(database: str, url: str, tmp_path: Path, **settings: Any) -> AsyncIterator[Run]:
+    """A worker in this process; `settings` are named as DISPATCHER_… in small letters."""
+    chosen = load(
+        database_url=database,
+        provider_url=url,
+        data_dir=tmp_path,
+        http_port=0,
+        **{"poll_interval": 0.05, "concurrency": 10, "lease": 10.0, "drain": 10, **settings},
+    )
+    with structlog.testing.capture_logs() as events:
+        run = Run(App(chosen, database), events)
+        try:
+            await run.event("worker.started")
+            yield run
+        finally:
+            await run.stop()
+
+
+async def until(connection: Connection, **expected: int) -> None:
+    """Wait until there are exactly so many messages of each status."""
+
+    async def there() -> bool:
+        return await statuses(connection) == expected
+
+    await wait_for(there, f"the statuses {expected}")
+
+
+async def test_claim_whose_answer_was_lost(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """What the database says we hold and we do not goes back, with its quota, and is sent once."""
+    await add_service(connection, timezone=midweek())
+    async with provider() as p, running(database, p.url, tmp_path, lease=1) as run:
+        worker_id = (await run.event("worker.started"))["worker_id"]
+        async with connection.transaction():
+            await add_messages(connection, 5)
+            await connection.execute(
+                "UPDATE outbox SET status = 'sending', worker_id = $1, claim_no = claim_no + 1, "
+                "claimed_at = clock_timestamp()",
+                worker_id,
+            )
+            await connection.execute(
+                "INSERT INTO quota_usage SELECT 42, p, date_trunc(p, now(), s.timezone), 5 "
+                "FROM service s, unnest(ARRAY['day', 'week', 'month']) AS p"
+            )
+            await connection.execute("INSERT INTO pace VALUES (42)")
+
+        told = await run.event("claim.returned")
+        await until(connection, accepted=5)
+        assert await run.stop() == 0
+
+    assert told["messages"] == 5
+    assert p.received()["requests"] == 5
+    assert await used(connection) == (5, 5, 5)
+
+
+async def test_worker_that_was_deleted(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """A worker that nobody knows any more ends with code 1, and records what was in flight."""
+    await add_service(connection)
+    async with (
+        provider(faults={"latency": 0.3}) as p,
+        running(database, p.url, tmp_path, lease=1) as run,
+    ):
+        await add_messages(connection, 3)
+
+        async def in_flight() -> bool:
+            return p.received()["requests"] == 3
+
+        await wait_for(in_flight, "the requests")
+        await connection.execute("DELETE FROM worker")
+        code = await run.exited()
+
+    assert code == 1
+    assert run.seen("worker.failed")
+    assert p.received()["repeated"] == 0
+    assert set(await statuses(connection)) <= {"accepted", "unknown"}
+
+
+async def test_code_that_fails_on_a_message(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message on which our own code fails is rejected in the end, and stops no other."""
+    await add_service(connection, timezone=midweek())
+    bad = await add_message(connection, text="poison", priority=9)
+    await add_messages(connection, 5)
+    send = Provider.send
+
+    async def failing(self: Provider, **arguments: Any) -> Reply:
+        if arguments["text"] == "poison":
+            raise ZeroDivisionError("secret")
+        return await send(self, **arguments)
+
+    monkeypatch.setattr(Provider, "send", failing)
+    monkeypatch.setattr(worker_module, "message_delay", lambda *_: 0.01)
+    async with provider() as p, running(database, p.url, tmp_path) as run:
+        await until(connection, accepted=5, rejected=1)
+        assert await run.stop() == 0
+
+    row = await message(connection, bad)
+    assert (row["attempts"], row["reply"]) == (0, None)
+    assert row["error"] == "The dispatcher itself failed on it (ZeroDivisionError); see its log."
+    assert len(run.seen("message.failed")) == worker_module.POISONED
+    assert await used(connection) == (5, 5, 5)
+
+
+async def test_expiry_while_it_waits_for_its_slot(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """A message that runs out between its claim and its slot is expired, and costs nothing."""
+    await add_service(connection, timezone=midweek())
+    await connection.execute("UPDATE service SET min_delay = '100 ms'")
+    async with provider() as p, running(database, p.url, tmp_path) as run:
+        await connection.execute(
+            "INSERT INTO pace (service_id, next_slot) VALUES (42, now() + interval '0.9 s')"
+        )
+        await connection.execute(
+            "INSERT INTO outbox (service_id, msisdn, text, expires_at) "
+            "VALUES (42, '359881234567', 'x', now() + interval '0.7 s')"
+        )
+        await until(connection, expired=1)
+        assert await run.stop() == 0
+
+    row = await connection.fetchrow("SELECT * FROM outbox")
+    assert row is not None
+    assert row["claim_no"] == 1
+    assert (row["attempts"], row["error"]) == (0, "Its expires_at passed before it could be sent.")
+    assert p.received()["requests"] == 0
+    assert len(run.seen("message.expired")) == 1
+    assert await used(connection) == (0, 0, 0)
+
+
+async def test_frozen_past_its_lease(database: str, connection: Connection, tmp_path: Path) -> None:
+    """A worker that was frozen past its lease sends nothing it held before, and then each once."""
+    await add_service(connection, timezone=midweek())
+    await connection.execute("UPDATE service SET min_delay = '150 ms'")
+    async with provider() as p, running(database, p.url, tmp_path, lease=0.6) as run:
+        await add_messages(connection, 12)
+
+        async def holds_several() -> bool:
+            return (await statuses(connection)).get("sending", 0) >= 3
+
+        await wait_for(holds_several, "a claim")
+        held = await connection.fetch("SELECT id, claim_no FROM outbox WHERE status = 'sending'")
+        time.sleep(1)  # noqa: ASYNC251 - it is the freeze
+        await until(connection, accepted=12)
+        assert await run.stop() == 0
+
+    claims = {row["id"]: row["claim_no"] for row in await connection.fetch("SELECT * FROM outbox")}
+    assert any(claims[row["id"]] > row["claim_no"] for row in held)
+    assert p.received()["requests"] == 12
+    assert p.received()["repeated"] == 0
+    assert await used(connection) == (12, 12, 12)
+
+
+async def test_probe_without_a_message(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """A probe for which every message is locked is put back, and taken when there is one."""
+    await add_service(connection)
+    async with (
+        provider() as p,
+        running(database, p.url, tmp_path, ban_backoff=0.3) as run,
+    ):
+        p.set({"ban_now": 3600})
+        await add_message(connection)
+        await run.event("egress.banned")
+        await until(connection, pending=1)
+        locker = await asyncpg.connect(database)
+        async with locker.transaction():
+            await locker.execute("SELECT FROM outbox FOR UPDATE")
+            await run.event("egress.probing", nth=2)
+            assert p.received()["requests"] == 1
+            p.set({"unban": True})
+        await locker.close()
+        await run.event("egress.resumed")
+        await until(connection, accepted=1)
+        assert await run.stop() == 0
+
+    assert p.received()["requests"] == 2
+
+
+async def test_probe_of_a_service_without_an_answer(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """A probe of a blocked service that brings no answer leaves the block, and another follows."""
+    await add_service(connection)
+    await add_messages(connection, 3)
+    async with (
+        provider(services=[{"id": 42, "disabled": True}]) as p,
+        running(database, p.url, tmp_path, probe_interval=0.3, concurrency=1) as run,
+    ):
+        # The probe of a blocked service must not come again before a request can have ended.
+        await connection.execute("UPDATE service SET blocked_until = NULL, blocked_reason = NULL")
+        await run.event("service.blocked")
+        p.set({"faults": {"drop": 1}, "services": [{"id": 42, "disabled": False}]})
+        await run.event("message.unknown")
+        assert await connection.fetchval("SELECT blocked_reason FROM service") == "SERVICE_DISABLED"
+        p.set({"faults": {"drop": 0}})
+        await run.event("service.resumed")
+        await until(connection, accepted=2, unknown=1)
+        assert await run.stop() == 0
+
+    assert len(run.seen("service.probing")) >= 2
+
+
+async def test_database_is_cut_off(database: str, connection: Connection, tmp_path: Path) -> None:
+    """Answers that come while the database is away are kept, and written when it is back."""
+    await add_service(connection, timezone=midweek())
+    name = await connection.fetchval("SELECT current_database()")
+    admin = await asyncpg.connect(database.replace(f"/{name}?", "/postgres?"))
+    async with (
+        provider(faults={"latency": 0.2}) as p,
+        running(database, p.url, tmp_path) as run,
+    ):
+        await add_messages(connection, 40)
+
+        async def in_flight() -> bool:
+            return p.received()["requests"] >= 10
+
+        await wait_for(in_flight, "the requests")
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = $1 AND application_name LIKE 'dispatcher%'",
+            name,
+        )
+        await run.event("database.lost")
+        answered = p.received()["requests"]
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        await run.event("database.back")
+        await until(connection, accepted=40)
+        assert await run.stop() == 0
+    await admin.close()
+
+    assert answered <= 2 * 10
+    assert p.received()["requests"] == 40
+    assert p.received()["repeated"] == 0
+    assert await used(connection) == (40, 40, 40)
+
+
+async def test_spooled_while_the_database_is_away(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """A worker that must stop while the database is away spools its answers for the next one."""
+    await add_service(connection, timezone=midweek())
+    name = await connection.fetchval("SELECT current_database()")
+    admin = await asyncpg.connect(database.replace(f"/{name}?", "/postgres?"))
+    async with provider(faults={"latency": 0.3}) as p:
+        async with running(database, p.url, tmp_path, drain=1) as run:
+            await add_messages(connection, 8)
+
+            async def in_flight() -> bool:
+                return p.received()["requests"] == 8
+
+            await wait_for(in_flight, "the requests")
+            await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            await admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = $1 AND application_name LIKE 'dispatcher%'",
+                name,
+            )
+            assert await run.stop() == 0
+            spooled = await run.event("spool.written")
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        assert await statuses(connection) == {"sending": 8}
+
+        async with running(database, p.url, tmp_path) as run:
+            await run.event("spool.taken_up")
+            await until(connection, accepted=8)
+            assert await run.stop() == 0
+    await admin.close()
+
+    assert spooled["results"] == 8
+    assert p.received()["requests"] == 8
