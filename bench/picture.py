@@ -32,10 +32,12 @@ def draw(folder: Path, name: str, findings: Sequence[Finding]) -> None:
     }
     drawn = [finding for finding in findings if finding.case in panels]
     mpl.use("Agg")
+    if not drawn:
+        return
     # The same numbers make the same file.
     mpl.rcParams.update({"svg.hashsalt": "bench", "font.size": 9, "axes.titlesize": 10})
     rows = -(-len(drawn) // 2)
-    figure, grid = plt.subplots(rows, 2, figsize=(12, 3.4 * rows), squeeze=False)
+    figure, grid = plt.subplots(rows, 2, figsize=(13, 3.4 * rows), squeeze=False)
     places = [axes for row in grid for axes in row]
     for axes, finding in zip(places, drawn, strict=False):
         panels[finding.case](axes, finding.data)
@@ -88,16 +90,17 @@ def _cost(axes: Axes, data: dict[str, Any]) -> None:
     worker = [median(found["worker_cpu_ms"]) for found in shown.values()]
     database = [median(found["database_cpu_ms"]) for found in shown.values()]
     axes.barh(labels, worker, color=[OURS if la == "dispatcher" else THEIRS for la in labels])
-    axes.barh(labels, database, left=worker, color="#8e6c8a", label="of it PostgreSQL's")
+    axes.barh(labels, database, left=worker, color="#8e6c8a", label="PostgreSQL")
     for label, low, high in zip(labels, worker, database, strict=True):
         axes.text(low + high, label, f" {low:.3f} + {high:.3f}", va="center")
-    axes.set_xlim(0, max(low + high for low, high in zip(worker, database, strict=True)) * 1.25)
+    axes.set_xlim(0, max(low + high for low, high in zip(worker, database, strict=True)) * 1.35)
     axes.invert_yaxis()
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right")
     axes.set_title("CPU of a message, ms: the process, and PostgreSQL")
 
 
 def _latency(axes: Axes, data: dict[str, Any]) -> None:
+    others = iter(("#e39b3b", "#7a8793"))
     for name, waits in data["ms"].items():
         ordered = sorted(max(wait, 0.1) for wait in waits)
         shares = [(index + 1) / len(ordered) for index in range(len(ordered))]
@@ -106,7 +109,7 @@ def _latency(axes: Axes, data: dict[str, Any]) -> None:
             ordered,
             shares,
             label=data["labels"][name],
-            color=OURS if ours else None,
+            color=OURS if ours else next(others),
             linewidth=2 if ours else 1,
         )
     axes.axvline(3, color=GOAL, linestyle=":", linewidth=1)

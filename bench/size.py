@@ -16,41 +16,49 @@ class Size:
     """Of the dispatcher in one run; the others send as many as take as long."""
     latency_messages: int
     """Inserted at 20 a second."""
+    latency_rounds: int
     idle_seconds: float
+    workers: tuple[int, ...]
+    """How many workers share a database, in turn."""
+    sessions: tuple[int, ...]
+    """How many of them have their statements run alone."""
     pending: int
     """Messages of a large backlog."""
     few: int
     """Messages of a small backlog, against which a large one is held."""
     growth_rounds: int
+    """Runs of the worker in each situation; its statements are timed in any case."""
     lived: int
     """Messages claimed and recorded before the size of the tables is looked at."""
     pace_messages: int
-    peers: bool
-    """Whether the slow peers take part."""
 
 
 FULL: Final = Size(
     rounds=5,
     messages=15_000,
     latency_messages=200,
+    latency_rounds=2,
     idle_seconds=20,
+    workers=(1, 2, 4),
+    sessions=(1, 2, 4, 8),
     pending=1_000_000,
     few=10_000,
     growth_rounds=3,
     lived=1_000_000,
     pace_messages=200,
-    peers=True,
 )
 
 QUICK: Final = Size(
     rounds=1,
-    messages=5_000,
-    latency_messages=40,
-    idle_seconds=8,
-    pending=50_000,
-    few=5_000,
-    growth_rounds=1,
-    lived=20_000,
-    pace_messages=60,
-    peers=True,
+    messages=3_000,
+    latency_messages=30,
+    latency_rounds=1,
+    idle_seconds=5,
+    workers=(1, 2),
+    sessions=(1, 4),
+    pending=20_000,
+    few=4_000,
+    growth_rounds=0,
+    lived=10_000,
+    pace_messages=30,
 )

@@ -7,7 +7,7 @@ import tempfile
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from bench.cases.growth import SERVICES, Statements, fill
 from bench.contenders.task import SERVICE, USER, Task
@@ -16,9 +16,6 @@ from bench.provider import Provider
 from bench.race import Contender, rate, until_count
 from bench.report import Finding, Target, progress
 from bench.size import Size
-
-WORKERS: Final = (1, 2, 4)
-SESSIONS: Final = (1, 2, 4, 8)
 
 
 class Carried(NamedTuple):
@@ -32,10 +29,10 @@ class Carried(NamedTuple):
 async def measure(server: Server, size: Size) -> list[Finding]:
     """Whole workers with their requests, then their statements alone."""
     whole, alone = {}, {}
-    for workers in WORKERS:
+    for workers in size.workers:
         progress(f"capacity: {workers} workers on as many services")
         whole[workers] = await _workers(server, workers, size.messages * 2)
-    for sessions in SESSIONS:
+    for sessions in size.sessions:
         progress(f"capacity: the statements of {sessions} workers, without requests")
         alone[sessions] = await _statements(server, sessions, size.messages * 3)
     best = max(carried.rate for carried in alone.values())
@@ -65,11 +62,8 @@ async def measure(server: Server, size: Size) -> list[Finding]:
                 )
             ],
             [
-                (
-                    "Workers, the provider and PostgreSQL share the machine's cores; the statements "
-                    "alone, a hundred messages each, show what PostgreSQL could carry if the workers "
-                    "ran elsewhere."
-                ),
+                "Workers, the provider and PostgreSQL share the machine's cores.",
+                "The statements alone, a hundred messages each: if the workers ran elsewhere.",
             ],
             {
                 "workers": {str(n): carried.rate for n, carried in whole.items()},

@@ -258,7 +258,7 @@ async def measure(server: Server, size: Size) -> list[Finding]:
             [
                 [
                     situation.label,
-                    spread(situation.rates, "{:,.0f}".format),
+                    spread(situation.rates, "{:,.0f}".format) if situation.rates else "-",
                     *(
                         _quartiles(values)
                         for values in (
@@ -274,7 +274,7 @@ async def measure(server: Server, size: Size) -> list[Finding]:
                 target
                 for found, against, most in pairs
                 for target in (
-                    _slower("rate", found, against, most),
+                    *([_slower("rate", found, against, most)] if found.rates else ()),
                     _slower("claim", found, against, most),
                 )
             ]

@@ -18,8 +18,8 @@ from bench.size import Size
 
 CONTENDERS: Final = ("dispatcher", "pgqueuer", "procrastinate")
 
-SETTLES: Final = 0.5
-"""Share of the measured time that passes first."""
+SETTLES: Final = 4.0
+"""Seconds that pass first."""
 
 
 async def measure(server: Server, size: Size) -> list[Finding]:
@@ -39,7 +39,7 @@ async def measure(server: Server, size: Size) -> list[Finding]:
             task = Task(server.dsn(databases[name]), provider.url, 0)
             await contender.prepare(task, folder)
             processes[name] = await stack.enter_async_context(contender.running(task, folder))
-        await asyncio.sleep(5 + size.idle_seconds * SETTLES)
+        await asyncio.sleep(SETTLES)
         began = time.monotonic()
         cpu = {name: process.cpu() for name, process in processes.items()}
         before = {name: await server.counters(databases[name]) for name in CONTENDERS}

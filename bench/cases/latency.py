@@ -20,9 +20,8 @@ from bench.report import Finding, Target, percentile, progress
 from bench.size import Size
 
 CONTENDERS: Final = ("dispatcher", "pgqueuer", "procrastinate")
-ROUNDS: Final = 2
 EVERY: Final = 0.05
-WARM: Final = 20
+WARM: Final = 10
 """Messages sent before the first that counts."""
 
 
@@ -30,12 +29,12 @@ async def measure(server: Server, size: Size) -> list[Finding]:
     """The distribution for each contender that is woken by an insert."""
     waits: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     whole: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for number in range(ROUNDS):
+    for number in range(size.latency_rounds):
         for name in CONTENDERS:
             contender = Contender(name)
-            progress(f"latency, round {number + 1} of {ROUNDS}: {contender.label}")
+            progress(f"latency, round {number + 1} of {size.latency_rounds}: {contender.label}")
             since_commit, since_insert = await _trickle(
-                server, contender, size.latency_messages // ROUNDS
+                server, contender, size.latency_messages // size.latency_rounds
             )
             waits[name] += since_commit
             whole[name] += since_insert
