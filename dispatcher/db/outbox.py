@@ -285,7 +285,7 @@ written AS (
         status_at = j.now,
         error = j.error,
         claim_no = o.claim_no + (j.verdict = 'sending')::integer,
-        worker_id = CASE WHEN j.verdict = 'sending' THEN $1 END,
+        worker_id = CASE WHEN j.verdict = 'sending' THEN $1 ELSE o.worker_id END,
         claimed_at = CASE WHEN j.verdict = 'sending' THEN j.now ELSE o.claimed_at END
     FROM judged j
     WHERE o.id = j.id AND j.verdict IS NOT NULL AND o.id = ANY (ARRAY(SELECT k.id FROM judged k))
