@@ -27,7 +27,7 @@ from dispatcher.metrics import Metrics
 from dispatcher.provider import Provider
 from dispatcher.recorder import Recorder
 from dispatcher.rescuer import Rescuer
-from dispatcher.server import PortTaken, Server
+from dispatcher.server import CannotListen, Server
 from dispatcher.settings import Settings, SettingsError
 from dispatcher.worker import Worker
 
@@ -56,6 +56,7 @@ log = structlog.stdlib.get_logger()
 async def run(settings: Settings) -> int:
     """Run one worker until SIGTERM or SIGINT; returns the exit code."""
     logs.configure(settings.log_format, settings.log_level)
+    spool.prepare(settings.data_dir)
     code = 2
     with _database(settings) as dsn:
         try:
@@ -140,9 +141,9 @@ class App:
                         self._settings, dsn=self._dsn, metrics=self._metrics, unready=self._unready
                     )
                 )
-            except PortTaken as error:
+            except CannotListen as error:
                 sys.stderr.write(f"{error}\n")
-                return 1
+                return 2
             complaint = await self._wait_for_schema()
             if complaint is not None:
                 sys.stderr.write(f"{complaint}\n")
@@ -295,7 +296,11 @@ class App:
 
     def _spool_unrecorded(self, recorder: Recorder, worker_id: int) -> None:
         left = recorder.unrecorded()
-        path = spool.write(self._settings.data_dir, worker_id, left)
+        try:
+            path = spool.write(self._settings.data_dir, worker_id, left)
+        except OSError as error:
+            log.error("spool.failed", results=len(left), reason=error.strerror)
+            return
         if path is not None:
             log.warning("spool.written", results=len(left), file=path.name)
 
@@ -393,16 +398,15 @@ class App:
     async def _prune(self, session: Session) -> None:
         """Remove what has been finished for long, once an hour, if that is wanted."""
         days = self._settings.prune_days
-        told = self._watch.of("prune")
         while True:
             if days is not None:
                 messages = 0
                 try:
                     async for pruned in prune(session, timedelta(days=days)):
                         messages = pruned.messages
-                    told(None)
                 except DatabaseLost as error:
-                    told(str(error))
+                    # Nothing waits for it; what is left is removed in the next round.
+                    log.warning("prune.failed", reason=str(error))
                 if messages:
                     log.info("outbox.pruned", messages=messages)
             await asyncio.sleep(PRUNE)

@@ -18,7 +18,7 @@ from dispatcher.db import outbox
 from dispatcher.db.pool import DatabaseLost, Session
 from dispatcher.domain.message import Status
 from dispatcher.domain.msisdn import masked
-from dispatcher.metrics import Metrics
+from dispatcher.metrics import NOT_SENT, Metrics
 
 LINGER: Final = 0.01
 """Seconds that a result waits for others to be recorded with it."""
@@ -194,7 +194,7 @@ class Recorder:
 
 def _answer(settled: Settled) -> str:
     if settled.withheld:
-        return ""
+        return NOT_SENT
     if settled.answered:
         return (settled.outcome.reply or "").partition(":")[0]
     return "in doubt" if settled.outcome.in_doubt else "never left"

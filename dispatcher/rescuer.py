@@ -13,7 +13,7 @@ from dispatcher import clock
 from dispatcher.db import outbox, workers
 from dispatcher.db.pool import DatabaseLost, Record, Session
 from dispatcher.domain.msisdn import masked
-from dispatcher.metrics import Metrics
+from dispatcher.metrics import NOT_SENT, Metrics
 from dispatcher.settings import Settings
 
 ROUND: Final = 2.0
@@ -87,7 +87,7 @@ class Rescuer:
             self._tell("message.unknown", row)
 
     def _tell(self, event: str, row: Record) -> None:
-        self._metrics.outcome(row["service_id"], row["status"], "", None)
+        self._metrics.outcome(row["service_id"], row["status"], NOT_SENT, None)
         log.info(
             event,
             id=row["id"],

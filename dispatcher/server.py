@@ -63,7 +63,7 @@ last asking took, up to `STALE` seconds."""
 log = structlog.stdlib.get_logger()
 
 
-class PortTaken(Exception):
+class CannotListen(Exception):
     """The server cannot listen; the text is one sentence that names the setting."""
 
 
@@ -95,7 +95,7 @@ _REFUSED: Final = {Stored.YES: None, Stored.AWAY: AWAY, Stored.FULL: BUSY}
 class Server:
     """Listens while its context is open, and says in `port` where.
 
-    Entering it raises PortTaken. Reports are taken while `run` runs.
+    Entering it raises CannotListen. Reports are taken while `run` runs.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Server:
             await site.start()
         except OSError as error:
             await runner.cleanup()
-            raise PortTaken(_cannot_listen(self._host, self.port, error)) from None
+            raise CannotListen(_cannot_listen(self._host, self.port, error)) from None
         self._runner = runner
         self.port = site.port
         log.info("http.listening", host=self._host, port=self.port)

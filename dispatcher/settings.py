@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     unknown_retry_after: float = Field(60, ge=0, le=604_800)
     prune_days: float | None = Field(None, ge=1, le=36_500)
     """Days after which finished messages are removed by a worker; None leaves it to `prune`."""
-    region: str = Field("BG", pattern="^[A-Z]{2}$")
+    region: str = "BG"
     http_host: str = Field("127.0.0.1", min_length=1)
     http_port: int = Field(8080, ge=0, le=65_535)
     dlr_token: str | None = Field(None, min_length=1)

@@ -17,12 +17,28 @@ from dispatcher.db import outbox
 from dispatcher.db.pool import Session
 from dispatcher.domain.message import Status
 from dispatcher.domain.outcomes import Outcome
+from dispatcher.settings import SettingsError
 
 T = TypeVar("T")
 
 BATCH: Final = 500
 
 log = structlog.stdlib.get_logger()
+
+
+def prepare(data_dir: Path) -> None:
+    """Make sure that results could be written. Raises SettingsError if not."""
+    folder = data_dir / "spool"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{uuid4().hex}.part"
+        probe.touch(mode=0o600)
+        probe.unlink()
+    except OSError as error:
+        raise SettingsError(
+            f"DISPATCHER_DATA_DIR is wrong: {data_dir} cannot be written ({error.strerror}); "
+            "set a directory that can."
+        ) from None
 
 
 def write(data_dir: Path, worker_id: int, results: Sequence[outbox.Result]) -> Path | None:

@@ -21,7 +21,7 @@ from dispatcher.domain.msisdn import masked, normalise
 from dispatcher.domain.retry import message_delay
 from dispatcher.domain.sharing import share
 from dispatcher.lease import Lease
-from dispatcher.metrics import Metrics
+from dispatcher.metrics import NOT_SENT, Metrics
 from dispatcher.pacing import APPROACH, Pacer, Slot, until
 from dispatcher.provider import Answer, InDoubt, NeverLeft, Provider, Reply
 from dispatcher.recorder import EVENTS, Recorder
@@ -599,7 +599,7 @@ class Worker:
 
     def _tell_refused(self, row: Record) -> None:
         status = Status(row["status"])
-        self._metrics.outcome(row["service_id"], status.value, "", None)
+        self._metrics.outcome(row["service_id"], status.value, NOT_SENT, None)
         log.info(
             EVENTS[status],
             id=row["id"],

@@ -91,7 +91,8 @@ async def connect(dsn: str, *, name: str, timeout: float) -> asyncpg.Connection:
     except FAILURES as error:
         if lost(error):
             raise DatabaseLost(reason(error)) from None
-        raise
+        # What the server does not take of the address, asyncpg has handed on to it.
+        raise SettingsError(f"DATABASE_URL is wrong: {reason(error).rstrip('.')}.") from None
 
 
 class Session:

@@ -75,13 +75,16 @@ ANSWERS: Final[Mapping[str, Outcome]] = {
         Signal.DISABLED, "The provider has stopped the service; ask the provider to start it."
     ),
     "LIMIT_DAY": _back(
-        Signal.DAY_SPENT, "The service's daily limit is used up; it goes out the next day."
+        Signal.DAY_SPENT,
+        "The provider says that the daily limit of the service is spent; it waits.",
     ),
     "LIMIT_WEEK": _back(
-        Signal.WEEK_SPENT, "The service's weekly limit is used up; it goes out the next week."
+        Signal.WEEK_SPENT,
+        "The provider says that the weekly limit of the service is spent; it waits.",
     ),
     "LIMIT_MONTH": _back(
-        Signal.MONTH_SPENT, "The service's monthly limit is used up; it goes out the next month."
+        Signal.MONTH_SPENT,
+        "The provider says that the monthly limit of the service is spent; it waits.",
     ),
     "LIMIT_DELAY": _back(
         Signal.TOO_SOON, "It came too soon after the previous message; it is sent again soon."

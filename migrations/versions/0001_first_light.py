@@ -196,23 +196,6 @@ CREATE TRIGGER outbox_status_at BEFORE UPDATE OF status ON outbox
     EXECUTE FUNCTION dispatcher_status_at()
 """
 
-# The number that was read belongs to the one that was written.
-UNREAD = """
-CREATE FUNCTION dispatcher_unread() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    NEW.recipient := NULL;
-    RETURN NEW;
-END
-$$
-"""
-
-UNREAD_TRIGGER = """
-CREATE TRIGGER outbox_unread BEFORE UPDATE OF msisdn ON outbox
-    FOR EACH ROW
-    WHEN (NEW.msisdn IS DISTINCT FROM OLD.msisdn)
-    EXECUTE FUNCTION dispatcher_unread()
-"""
-
 # A number that is put right while its message waits must not go out as it was read before.
 NUMBER_CHANGED = """
 CREATE FUNCTION dispatcher_number_changed() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -339,8 +322,6 @@ def upgrade() -> None:
         STATUS_AT_TRIGGER,
         NUMBER_CHANGED,
         NUMBER_CHANGED_TRIGGER,
-        UNREAD,
-        UNREAD_TRIGGER,
         ATTEMPT,
         EGRESS,
         EGRESS_SERVICE,

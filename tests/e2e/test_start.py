@@ -52,12 +52,12 @@ async def test_wrong_setting(name: str, value: str) -> None:
 
 
 async def test_port_is_taken(database: str) -> None:
-    """A port that is taken ends the start with code 1 and one sentence that names the setting."""
+    """A port that is taken ends the start with code 2 and one sentence that names the setting."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         code, error = await refused(DATABASE_URL=database, DISPATCHER_HTTP_PORT=port)
 
-    assert code == 1
+    assert code == 2
     assert error == (
         f"DISPATCHER_HTTP_PORT is wrong: port {port} on 127.0.0.1 is taken; "
         "stop what uses it or set another port.\n"

@@ -13,7 +13,7 @@ import pytest
 from dispatcher import server as serverside
 from dispatcher import settings
 from dispatcher.metrics import Metrics
-from dispatcher.server import PortTaken, Server
+from dispatcher.server import CannotListen, Server
 from tests.serving import TOKEN, Serving, serving, until
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ async def test_a_port_that_is_taken_stops_the_start(database: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(PortTaken, match=rf"^DISPATCHER_HTTP_PORT is wrong: port {port} .*\.$"):
+        with pytest.raises(CannotListen, match=rf"^DISPATCHER_HTTP_PORT is wrong: port {port} .*\.$"):
             await _enter(database, http_port=port)
 
 
 async def test_an_address_of_nobody_stops_the_start(database: str) -> None:
     """An address that this machine has not is told with its setting."""
-    with pytest.raises(PortTaken, match=r"^DISPATCHER_HTTP_HOST .* 192\.0\.2\.1 .*\.$"):
+    with pytest.raises(CannotListen, match=r"^DISPATCHER_HTTP_HOST .* 192\.0\.2\.1 .*\.$"):
         await _enter(database, http_host="192.0.2.1", http_port=0)
 
 
