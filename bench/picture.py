@@ -29,6 +29,7 @@ def draw(folder: Path, name: str, findings: Sequence[Finding]) -> None:
         "growth": _growth,
         "capacity": _capacity,
         "pace": _pace,
+        "lifetime": _lifetime,
     }
     drawn = [finding for finding in findings if finding.case in panels]
     mpl.use("Agg")
@@ -155,6 +156,22 @@ def _capacity(axes: Axes, data: dict[str, Any]) -> None:
     axes.set_xlabel("workers, each on a service of its own")
     axes.legend(frameon=False)
     axes.set_title("Messages a second on one machine")
+
+
+def _lifetime(axes: Axes, data: dict[str, Any]) -> None:
+    sizes = data["sizes"]
+    messages = [data["step"] * (number + 1) / 1000 for number in range(len(sizes))]
+    for name, color in (
+        ("outbox_due", OURS),
+        ("outbox_held", "#e39b3b"),
+        ("outbox_pkey", "#8e6c8a"),
+        ("outbox_provider_id", "#7a8793"),
+    ):
+        axes.plot(messages, [found[name] / 1e6 for found in sizes], label=name, color=color)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("thousand messages sent")
+    axes.legend(frameon=False)
+    axes.set_title("Indexes of the outbox, MB")
 
 
 def _pace(axes: Axes, data: dict[str, Any]) -> None:

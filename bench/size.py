@@ -35,15 +35,15 @@ class Size:
 
 FULL: Final = Size(
     rounds=5,
-    messages=15_000,
-    latency_messages=200,
+    messages=10_000,
+    latency_messages=160,
     latency_rounds=2,
     idle_seconds=20,
     workers=(1, 2, 4),
-    sessions=(1, 2, 4, 8),
+    sessions=(1, 2, 4),
     pending=1_000_000,
     few=10_000,
-    growth_rounds=3,
+    growth_rounds=2,
     lived=1_000_000,
     pace_messages=200,
 )
