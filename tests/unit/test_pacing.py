@@ -6,6 +6,7 @@ import asyncio
 import selectors
 from collections.abc import Coroutine, Iterator
 from itertools import cycle, pairwise, repeat
+from math import floor
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -47,7 +48,8 @@ def run(test: Coroutine[Any, Any, None], late: Iterator[float] | None = None) ->
     leap = Leap(late or repeat(0.0))
     loop = asyncio.SelectorEventLoop(leap)
     with (
-        patch.object(loop, "time", lambda: leap.now),
+        # The time of uvloop is whole milliseconds, so its timers may fire early.
+        patch.object(loop, "time", lambda: floor(leap.now * 1000) / 1000),
         patch.object(clock, "now", lambda: leap.now),
         asyncio.Runner(loop_factory=lambda: loop) as runner,
     ):
