@@ -54,6 +54,25 @@ async def test_taken_up(scene: Scene, signals: int) -> None:
     await invariant.hold(scene.connection, scene.provider, stopped, *heirs)
 
 
+async def test_frozen_link(scene: Scene) -> None:
+    """A worker told to stop while nothing passes to the database spools, and ends."""
+    scene.provider.gate.clear()
+    await add_numbered(scene.connection, 10)
+    stopped = await scene.worker(concurrency=10, drain=2)
+    await scene.provider.came(10)
+    scene.proxy.freeze()
+    scene.provider.gate.set()
+    await scene.provider.all_closed()
+    assert await stopped.stop() == 0
+    assert len(_spooled(stopped).read_text().splitlines()) == 10
+    scene.proxy.thaw()
+    heir = await scene.worker(data_dir=stopped.folder)
+    await until_statuses(scene.connection, accepted=10)
+
+    assert await heir.stop() == 0
+    await invariant.hold(scene.connection, scene.provider, stopped, heir)
+
+
 async def test_torn_and_of_another_version(scene: Scene) -> None:
     """A last line that was torn costs only itself, and fields we do not know cost nothing."""
     stopped = await _stopped_without_database(scene)
