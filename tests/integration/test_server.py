@@ -87,7 +87,8 @@ async def test_a_port_that_is_taken_stops_the_start(database: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(CannotListen, match=rf"^DISPATCHER_HTTP_PORT is wrong: port {port} .*\.$"):
+        sentence = rf"^DISPATCHER_HTTP_PORT is wrong: port {port} .*\.$"
+        with pytest.raises(CannotListen, match=sentence):
             await _enter(database, http_port=port)
 
 
