@@ -57,7 +57,7 @@ test: setup ## Run the tests, in parallel, and hold the coverage
 
 .PHONY: faults
 faults: setup ## Kill processes and cut connections: the slow tests of what must survive
-	$(BIN)/pytest -m faults
+	$(BIN)/pytest tests/faults
 
 .PHONY: check
 check: lint ## Lint, and check the format, the migrations' SQL and the container files

@@ -13,7 +13,14 @@ from tests.faults.texts import add_numbered
 from tests.integration.wire.raw_provider import Received
 
 
-@pytest.mark.parametrize("fault", ["swallow", "hang", "lose"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "swallow",
+        pytest.param("hang", marks=pytest.mark.faults),
+        pytest.param("lose", marks=pytest.mark.faults),
+    ],
+)
 async def test_claim(scene: Scene, fault: str) -> None:
     """What a claim took whose answer was lost goes back, and is sent once."""
     trap = getattr(scene.proxy, fault)(outbox._CLAIM)
@@ -26,6 +33,7 @@ async def test_claim(scene: Scene, fault: str) -> None:
     await invariant.hold(scene.connection, scene.provider, running)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("leaves", [False, True], ids=["stays", "leaves"])
 async def test_claim_that_comes_late(scene: Scene, leaves: bool) -> None:  # noqa: FBT001 - a case
     """A claim that runs long after its worker gave it up holds nothing for good."""
@@ -48,6 +56,7 @@ async def test_claim_that_comes_late(scene: Scene, leaves: bool) -> None:  # noq
     await invariant.hold(scene.connection, scene.provider, *scene.workers)
 
 
+@pytest.mark.faults
 async def test_record_that_comes_late(scene: Scene) -> None:
     """Results that are written long after they were written again change nothing."""
     answers = iter([refuse("LIMIT_DELAY")] * 5)
@@ -69,7 +78,14 @@ async def test_record_that_comes_late(scene: Scene) -> None:
     await invariant.hold(scene.connection, scene.provider, running)
 
 
-@pytest.mark.parametrize("fault", ["swallow", "hang", "lose"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "swallow",
+        pytest.param("hang", marks=pytest.mark.faults),
+        pytest.param("lose", marks=pytest.mark.faults),
+    ],
+)
 async def test_record(scene: Scene, fault: str) -> None:
     """Results whose writing was not confirmed are written once."""
     trap = getattr(scene.proxy, fault)(outbox._RECORD)

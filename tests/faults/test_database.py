@@ -128,7 +128,15 @@ OUTAGES: Final = [
 FLUTTERING: Final = {cut_links, terminate_backends}
 
 
-@pytest.mark.parametrize("fault", OUTAGES, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(
+            fault, id=fault.__name__, marks=[] if fault is restart_immediate else pytest.mark.faults
+        )
+        for fault in OUTAGES
+    ],
+)
 async def test_database(scene: Scene, fault: Fault) -> None:
     """Workers outlive it, lose no answer, send nothing twice, and count exactly."""
     scene.provider.latency = 0.05

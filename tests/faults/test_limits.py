@@ -73,6 +73,7 @@ async def test_our_own(scene: Scene, period: str, killed: bool) -> None:  # noqa
     assert scene.provider.booked <= LIMIT
 
 
+@pytest.mark.faults
 async def test_the_providers_own(scene: Scene) -> None:
     """A limit that the provider says is used up stops all workers, and costs nothing."""
     await _limit(scene, day_limit=LIMIT)

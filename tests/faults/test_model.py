@@ -760,7 +760,7 @@ class Dispatcher(RuleBasedStateMachine):
 @pytest.mark.parametrize(
     ("histories", "steps"),
     [
-        pytest.param(25, 40, id="few"),
+        pytest.param(25, 40, id="few", marks=pytest.mark.timeout(400)),
         pytest.param(500, 60, id="many", marks=[pytest.mark.faults, pytest.mark.timeout(1500)]),
     ],
 )

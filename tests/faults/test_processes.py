@@ -104,6 +104,7 @@ async def test_frozen_past_its_lease(scene: Scene, rounds: int) -> None:
     assert found["accepted"] == sent
 
 
+@pytest.mark.faults
 async def test_beat_that_came_late(scene: Scene) -> None:
     """A beat that was asked in time and came too late does not cover what was held before it."""
     await add_service(scene.connection, PACED, min_delay=timedelta(milliseconds=300))
@@ -150,6 +151,7 @@ async def test_beat_that_came_late(scene: Scene) -> None:
     assert found["accepted"] == 8
 
 
+@pytest.mark.faults
 async def test_told_twice_to_stop(scene: Scene) -> None:
     """A second signal ends a worker at once, and what it held is found in doubt."""
     scene.provider.gate.clear()

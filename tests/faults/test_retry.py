@@ -36,6 +36,7 @@ async def test_after_a_death(retrying: Scene) -> None:
     assert max(len(entries) for entries in retrying.provider.books.values()) == 2
 
 
+@pytest.mark.faults
 async def test_not_for_ever(retrying: Scene) -> None:
     """A message that is never answered for is asked for four times, then left to a person."""
     retrying.provider.conduct = keep_silent

@@ -13,13 +13,31 @@ from tests.faults.texts import add_numbered
 @pytest.mark.parametrize(
     ("broken", "mended"),
     [
-        ("ALTER TABLE outbox RENAME failures TO x", "ALTER TABLE outbox RENAME x TO failures"),
-        ("ALTER TABLE worker RENAME beat_at TO x", "ALTER TABLE worker RENAME x TO beat_at"),
-        ("ALTER TABLE outbox RENAME doubts TO x", "ALTER TABLE outbox RENAME x TO doubts"),
-        ("ALTER TABLE attempt RENAME reply TO x", "ALTER TABLE attempt RENAME x TO reply"),
-        ("DELETE FROM worker", "SELECT 1"),
+        pytest.param(
+            "ALTER TABLE attempt RENAME reply TO x",
+            "ALTER TABLE attempt RENAME x TO reply",
+            id="record",
+        ),
+        pytest.param(
+            "ALTER TABLE outbox RENAME failures TO x",
+            "ALTER TABLE outbox RENAME x TO failures",
+            id="claim",
+            marks=pytest.mark.faults,
+        ),
+        pytest.param(
+            "ALTER TABLE worker RENAME beat_at TO x",
+            "ALTER TABLE worker RENAME x TO beat_at",
+            id="beat",
+            marks=pytest.mark.faults,
+        ),
+        pytest.param(
+            "ALTER TABLE outbox RENAME doubts TO x",
+            "ALTER TABLE outbox RENAME x TO doubts",
+            id="retry",
+            marks=pytest.mark.faults,
+        ),
+        pytest.param("DELETE FROM worker", "SELECT 1", id="deleted", marks=pytest.mark.faults),
     ],
-    ids=["claim", "beat", "rescue", "record", "deleted"],
 )
 async def test_broken_part(scene: Scene, broken: str, mended: str) -> None:
     """A part that fails ends the worker with a log line and code 1, and no answer is lost."""

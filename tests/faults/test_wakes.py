@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.e2e.harness import until_statuses
 from tests.faults import invariant
 from tests.faults.conftest import Scene
@@ -11,6 +13,7 @@ NEVER = 3600
 """Seconds between two polls, so that only what wakes a worker can make it send."""
 
 
+@pytest.mark.faults
 async def test_notify_lost(scene: Scene) -> None:
     """An insert that tells nobody is found by polling."""
     await scene.connection.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_wake")
