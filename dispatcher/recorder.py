@@ -120,10 +120,12 @@ class Recorder:
         return [self._result(settled) for settled in (*self._batch, *self._waiting)]
 
     async def _write(self) -> None:
-        again = False
+        again = applied = False
         while True:
             try:
-                await self._breaker.apply(self._session, self._batch)
+                if not applied:
+                    await self._breaker.apply(self._session, self._batch)
+                    applied = True
                 written = await outbox.record(
                     self._session, [self._result(settled) for settled in self._batch]
                 )
