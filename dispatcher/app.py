@@ -253,7 +253,7 @@ class App:
                 database=self._watch.of("record"),
             )
             rescuer = Rescuer(settings, rescues, self._metrics, self._watch.of("rescue"))
-            self._spool = partial(self._spool_unrecorded, recorder, lease.worker_id)
+            self._spool = partial(self._spool_unrecorded, recorder, lease)
             self._watch.troubled = rescuer.hold_off
             if self._watch.was_away:
                 rescuer.hold_off()
@@ -294,10 +294,10 @@ class App:
             log.info("worker.stopped", worker_id=lease.worker_id)
             return 1 if failed else 0
 
-    def _spool_unrecorded(self, recorder: Recorder, worker_id: int) -> None:
+    def _spool_unrecorded(self, recorder: Recorder, lease: Lease) -> None:
         left = recorder.unrecorded()
         try:
-            path = spool.write(self._settings.data_dir, worker_id, left)
+            path = spool.write(self._settings.data_dir, lease.worker_id, lease.entered, left)
         except OSError as error:
             log.error("spool.failed", results=len(left), reason=error.strerror)
             return
@@ -320,6 +320,7 @@ class App:
                     lease=self._settings.lease,
                 )
                 lease.renewed(asked_at)
+                lease.entered = await workers.entered(session, lease.worker_id) or ""
                 await database_clock.ping(session, 3 * PINGS)
             except DatabaseLost as error:
                 told(str(error))

@@ -11,6 +11,8 @@ class Lease:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.worker_id = 0
+        self.entered = ""
+        """When the worker entered, as the database tells it."""
         self._began = 0.0
         self._until = 0.0
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import orjson
 import structlog
 
-from dispatcher.db import outbox
+from dispatcher.db import outbox, workers
 from dispatcher.db.pool import Session
 from dispatcher.domain.message import Status
 from dispatcher.domain.outcomes import Outcome
@@ -41,13 +41,18 @@ def prepare(data_dir: Path) -> None:
         ) from None
 
 
-def write(data_dir: Path, worker_id: int, results: Sequence[outbox.Result]) -> Path | None:
-    """Write results durably, one JSON object a line; None if there are none. Raises OSError."""
+def write(
+    data_dir: Path, worker_id: int, entered: str, results: Sequence[outbox.Result]
+) -> Path | None:
+    """Write results durably, one JSON object a line; None if there are none. Raises OSError.
+
+    `entered`: when the worker did, as `workers.entered` tells it.
+    """
     if not results:
         return None
     folder = data_dir / "spool"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{worker_id}-{uuid4().hex}.jsonl"
+    path = folder / f"{worker_id}-{entered}-{uuid4().hex}.jsonl"
     # Another worker that starts meanwhile must not take up half of it.
     unfinished = path.with_suffix(".part")
     with unfinished.open("xb") as file:
@@ -63,11 +68,15 @@ def write(data_dir: Path, worker_id: int, results: Sequence[outbox.Result]) -> P
 async def take_up(data_dir: Path, session: Session) -> int:
     """Record what earlier runs left behind, then remove it; returns how many results were new.
 
-    A file with a line that cannot be read is kept as `.torn`. Raises DatabaseLost; what was not
-    recorded stays.
+    A file with a line that cannot be read is kept as `.torn`, and one of a worker of another
+    database is left to that. Raises DatabaseLost; what was not recorded stays.
     """
     recorded = 0
-    for path in sorted((data_dir / "spool").glob("*.jsonl")):
+    for path in sorted((data_dir / "spool").glob("*-*-*.jsonl")):
+        worker_id, its_entry, _ = path.stem.split("-")
+        if await workers.entered(session, int(worker_id)) not in {None, its_entry}:
+            log.warning("spool.foreign", file=path.name)
+            continue
         try:
             results = list(_read(path))
             whole = len(results) == len(path.read_bytes().splitlines())

@@ -24,6 +24,23 @@ async def enter(
     return int(rows[0]["id"])
 
 
+# Tell when a worker entered, alike whenever it is asked.
+_ENTERED = """
+SELECT (extract(epoch FROM w.started_at) * 1000000)::bigint::text AS entered
+FROM worker w
+WHERE w.id = $1
+"""
+
+
+async def entered(session: Session, worker_id: int) -> str | None:
+    """When a worker entered, in microseconds since 1970; None if nobody knows it.
+
+    With its number it tells one database from another. Raises DatabaseLost.
+    """
+    rows = await session.fetch(_ENTERED, worker_id)
+    return rows[0]["entered"] if rows else None
+
+
 # Renew a worker's lease, and tell whether it had run out: that is looked at with the row locked,
 # as a rescuer locks it too.
 _BEAT = """

@@ -9,6 +9,8 @@ import pytest
 import structlog
 
 from dispatcher import spool
+from dispatcher.db import workers
+from dispatcher.db.outbox import Result
 from dispatcher.db.pool import DatabaseLost, Session
 from dispatcher.domain.outcomes import doubt
 from tests.builders import add_messages, add_service
@@ -28,18 +30,43 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+async def write(folder: Path, worker: Peer, *results: Result) -> Path:
+    """Spool results as the worker would; returns the file."""
+    entered = await workers.entered(worker.session, worker.worker_id)
+    assert entered is not None
+    path = spool.write(folder, worker.worker_id, entered, results)
+    assert path is not None
+    return path
+
+
+async def test_left_to_its_own_database(
+    connection: Connection, worker: Peer, tmp_path: Path
+) -> None:
+    """What a worker of the same number spooled for another database is neither used nor removed."""
+    await add_messages(connection, 1)
+    rows = (await worker.claim()).sending
+    await write(tmp_path, worker, worker.result(rows[0]))
+    # As another database has it, in which the worker of this number entered at another time.
+    await connection.execute("UPDATE worker SET started_at = started_at - interval '1 s'")
+
+    with structlog.testing.capture_logs() as told:
+        await spool.take_up(tmp_path, worker.session)
+
+    assert [event["event"] for event in told] == ["spool.foreign"]
+    assert await statuses(connection) == {"sending": 1}
+    assert len(files(tmp_path)) == 1
+
+
 async def test_taken_up_once(connection: Connection, worker: Peer, tmp_path: Path) -> None:
     """Spooled results are recorded as if they came now, and the file is gone after that."""
     await add_messages(connection, 4)
     rows = (await worker.claim()).sending
-    spool.write(
+    await write(
         tmp_path,
-        worker.worker_id,
-        [
-            worker.result(rows[0], b"MSG_OK:abc"),
-            worker.result(rows[1], b"INVALID_MSISDN"),
-            worker.result(rows[2], doubt("No answer came (reset).")),
-        ],
+        worker,
+        worker.result(rows[0], b"MSG_OK:abc"),
+        worker.result(rows[1], b"INVALID_MSISDN"),
+        worker.result(rows[2], doubt("No answer came (reset).")),
     )
     with structlog.testing.capture_logs() as told:
         await spool.take_up(tmp_path, worker.session)
@@ -66,7 +93,7 @@ async def test_already_recorded(connection: Connection, worker: Peer, tmp_path: 
     rows = (await worker.claim()).sending
     await worker.record(rows, b"MSG_OK:abc")
     before = await connection.fetch("SELECT * FROM outbox")
-    spool.write(tmp_path, worker.worker_id, [worker.result(rows[0], b"MSG_OK:abc")])
+    await write(tmp_path, worker, worker.result(rows[0], b"MSG_OK:abc"))
 
     await spool.take_up(tmp_path, worker.session)
 
@@ -77,8 +104,7 @@ async def test_database_is_away(connection: Connection, worker: Peer, tmp_path: 
     """While the database is away the file stays."""
     await add_messages(connection, 1)
     rows = (await worker.claim()).sending
-    path = spool.write(tmp_path, worker.worker_id, [worker.result(rows[0])])
-    assert path is not None
+    path = await write(tmp_path, worker, worker.result(rows[0]))
 
     async with Session("postgresql://nobody@127.0.0.1:1/x", name="test", timeout=5) as away:
         with pytest.raises(DatabaseLost):
