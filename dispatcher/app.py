@@ -389,7 +389,7 @@ class App:
                 lease.renewed(asked_at, unbroken=unbroken)
                 await database_clock.ping(session, PINGS)
                 told(None)
-                worker.reconcile()
+                worker.reconcile(rescued=not unbroken)
             except DatabaseLost as error:
                 told(str(error))
                 await asyncio.sleep(min(AGAIN, lease.seconds / 10))

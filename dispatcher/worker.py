@@ -112,6 +112,7 @@ class Worker:
         self._rated_at = clock.now()
         self._linger_until: float | None = None
         self._reclaim_due = False
+        self._reclaim_rescued = False
         self.looked_at = clock.now()
         """When the loop last went round, by our clock."""
 
@@ -130,9 +131,13 @@ class Worker:
         """Give back what has not left: some of it was cancelled."""
         self._recalled_at = clock.now()
 
-    def reconcile(self) -> None:
-        """Look for claims whose answer was lost, before the next claim."""
+    def reconcile(self, *, rescued: bool) -> None:
+        """Look for claims whose answer was lost, before the next claim.
+
+        `rescued`: others may have found them in doubt meanwhile.
+        """
         self._reclaim_due = True
+        self._reclaim_rescued = self._reclaim_rescued or rescued
         self._wake.set()
 
     def stop(self) -> None:
@@ -572,7 +577,15 @@ class Worker:
 
     async def release_lost_claims(self) -> None:
         """Give back what the database says we hold and we do not: the claim's answer was lost."""
-        rows = await outbox.held(self._session, self._lease.worker_id)
+        rescued, self._reclaim_due, self._reclaim_rescued = self._reclaim_rescued, False, False
+        try:
+            await self._release_lost_claims(rescued=rescued)
+        except DatabaseLost:
+            self.reconcile(rescued=rescued)
+            raise
+
+    async def _release_lost_claims(self, *, rescued: bool) -> None:
+        rows = await outbox.held(self._session, self._lease.worker_id, rescued=rescued)
         lost = [row for row in rows if (row["id"], row["claim_no"]) not in self.held]
         if lost:
             await outbox.record(
@@ -589,7 +602,6 @@ class Worker:
                 ],
             )
             log.warning("claim.returned", messages=len(lost))
-        self._reclaim_due = False
 
     async def _read_numbers(self, rows: list[Record]) -> None:
         region = self._settings.region

@@ -598,17 +598,24 @@ async def record(
     return {(row["id"], row["claim_no"]): row["accepted_after"] for row in rows}
 
 
-# List what a worker's claims hold.
+# List what a worker's claims hold, and if $2 says so what was rescued from it.
 _HELD = """
 SELECT o.id, o.claim_no, o.service_id
 FROM outbox o
 WHERE o.status = 'sending' AND o.worker_id = $1
+UNION ALL
+SELECT o.id, o.claim_no, o.service_id
+FROM outbox o
+WHERE $2 AND o.status = 'unknown' AND o.worker_id = $1
 """
 
 
-async def held(session: Session, worker_id: int) -> list[Record]:
-    """The messages that a worker owns as (id, claim_no, service_id). Raises DatabaseLost."""
-    return await session.fetch(_HELD, worker_id)
+async def held(session: Session, worker_id: int, *, rescued: bool = False) -> list[Record]:
+    """The messages that a worker owns as (id, claim_no, service_id). Raises DatabaseLost.
+
+    `rescued`: also those that others found in doubt while it was silent.
+    """
+    return await session.fetch(_HELD, worker_id, rescued)
 
 
 # Mark in doubt what is held by workers that are silent past their lease.

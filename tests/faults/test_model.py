@@ -426,7 +426,7 @@ class Dispatcher(RuleBasedStateMachine):
         known |= {(result.id, result.claim_no) for result in worker.owes}
         lost = [
             outbox.Result(row["id"], row["claim_no"], worker.id, row["service_id"], RELEASED)
-            for row in self.do(outbox.held(self.session, worker.id))
+            for row in self.do(outbox.held(self.session, worker.id, rescued=True))
             if (row["id"], row["claim_no"]) not in known
         ]
         if lost:

@@ -145,6 +145,9 @@ STATEMENTS: dict[str, Callable[[Session, Peer], Awaitable[object]]] = {
         ],
     ),
     "held": lambda session, worker: outbox.held(session, worker.worker_id),
+    "held and rescued": lambda session, worker: outbox.held(
+        session, worker.worker_id, rescued=True
+    ),
     "rescue": lambda session, _: outbox.rescue(session),
     "retry_unknown": lambda session, _: outbox.retry_unknown(session, 60.0),
     "expire": lambda session, _: outbox.expire(session),
