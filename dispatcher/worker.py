@@ -581,7 +581,8 @@ class Worker:
         try:
             await self._release_lost_claims(rescued=rescued)
         except DatabaseLost:
-            self.reconcile(rescued=rescued)
+            self._reclaim_due = True
+            self._reclaim_rescued = self._reclaim_rescued or rescued
             raise
 
     async def _release_lost_claims(self, *, rescued: bool) -> None:
