@@ -139,9 +139,9 @@ async def race(server: Server, contender: Contender, count: int) -> Result:
                 server.cpu(),
             )
 
-        await until_count(provider.notes, count // 20, process)
+        await until_count(provider.notes, count // 20, process, provider.process)
         first = sample()
-        await until_count(provider.notes, count - count // 20, process)
+        await until_count(provider.notes, count - count // 20, process, provider.process)
         last = sample()
         await until_count(provider.notes, count)
         transactions = wal_bytes = None

@@ -80,7 +80,7 @@ def _throughput(contenders: list[Contender], results: dict[str, list[Result]]) -
 def _cost(contenders: list[Contender], results: dict[str, list[Result]]) -> Finding:
     def of(name: str, field: str, scale: float, form: str) -> str:
         values = [getattr(result, field) for result in results[name]]
-        return "-" if None in values else spread([v * scale for v in values], form.format)
+        return "-" if None in values else form.format(median(values) * scale)
 
     ours = results["dispatcher"]
     transactions = median(result.transactions or 0.0 for result in ours)
