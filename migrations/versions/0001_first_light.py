@@ -221,9 +221,14 @@ CREATE TABLE attempt (
     seconds    real NOT NULL,
     outcome    text NOT NULL,
     reply      text,
-    error      text,
-    PRIMARY KEY (message_id, claim_no)
+    error      text
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05)
+"""
+
+# Not unique: a claim is recorded once all the same, and where a user empties the outbox and begins
+# its numbers anew, what was kept of the old messages must not stop a worker.
+ATTEMPT_INDEX = """
+CREATE INDEX attempt_message ON attempt (message_id, claim_no)
 """
 
 EGRESS = """
@@ -323,6 +328,7 @@ def upgrade() -> None:
         NUMBER_CHANGED,
         NUMBER_CHANGED_TRIGGER,
         ATTEMPT,
+        ATTEMPT_INDEX,
         EGRESS,
         EGRESS_SERVICE,
         WORKER,

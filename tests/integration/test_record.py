@@ -56,6 +56,16 @@ async def attempts(connection: Connection) -> list[Record]:
     return await connection.fetch("SELECT * FROM attempt ORDER BY message_id, claim_no")
 
 
+async def test_numbers_that_begin_anew(connection: Connection, worker: Peer) -> None:
+    """After TRUNCATE … RESTART IDENTITY new messages are recorded beside what is kept of the old."""
+    await worker.record([await claimed(connection, worker)])
+    await connection.execute("TRUNCATE outbox RESTART IDENTITY")
+    row = await claimed(connection, worker)
+
+    assert list(await worker.record([row])) == [(row["id"], row["claim_no"])]
+    assert [kept["message_id"] for kept in await attempts(connection)] == [row["id"]] * 2
+
+
 @pytest.mark.parametrize("answer", [*ANSWERS, "MSG_OK:abc", "HTTP 500", "<html>"])
 async def test_every_answer(connection: Connection, worker: Peer, answer: str) -> None:
     """Each answer gives the row its status and fields, and gives back what costs nothing."""
