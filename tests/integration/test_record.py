@@ -57,7 +57,7 @@ async def attempts(connection: Connection) -> list[Record]:
 
 
 async def test_numbers_that_begin_anew(connection: Connection, worker: Peer) -> None:
-    """After TRUNCATE … RESTART IDENTITY new messages are recorded beside what is kept of the old."""
+    """After TRUNCATE … RESTART IDENTITY new messages are recorded beside what is kept."""
     await worker.record([await claimed(connection, worker)])
     await connection.execute("TRUNCATE outbox RESTART IDENTITY")
     row = await claimed(connection, worker)
