@@ -87,11 +87,17 @@ async def test_record_that_comes_late(scene: Scene) -> None:
     ],
 )
 async def test_record(scene: Scene, fault: str) -> None:
-    """Results whose writing was not confirmed are written once."""
+    """Results whose writing was not confirmed are written, and their quota given back, once."""
+
+    async def conduct(provider: Provider, request: Received, entry: Entry) -> None:
+        answer = refuse("INVALID_MSISDN") if entry.message % 3 == 0 else accept
+        await answer(provider, request, entry)
+
+    scene.provider.conduct = conduct
     trap = getattr(scene.proxy, fault)(outbox._RECORD)
     await add_numbered(scene.connection, 30)
     running = await scene.worker()
-    await until_statuses(scene.connection, accepted=30)
+    await until_statuses(scene.connection, accepted=20, rejected=10)
 
     assert trap.sprung == 1
     assert await running.stop() == 0

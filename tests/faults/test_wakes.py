@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dispatcher.db.listen import HEARTBEAT
 from tests.e2e.harness import until_statuses
 from tests.faults import invariant
 from tests.faults.conftest import Scene
@@ -35,7 +36,8 @@ async def test_listening_again(scene: Scene) -> None:
             "WHERE application_name = 'dispatcher listen'"
         )
         await add_numbered(scene.connection, 10, first=sent - 9)
-        await until_statuses(scene.connection, accepted=sent)
+        # Sooner than the connection is looked at in any case.
+        await until_statuses(scene.connection, accepted=sent, within=0.6 * HEARTBEAT)
 
     assert await running.stop() == 0
     await invariant.hold(scene.connection, scene.provider, running)
