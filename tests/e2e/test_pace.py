@@ -49,8 +49,9 @@ async def test_quota_over_three_workers(database: str, connection: Connection) -
         for service in (1, 2):
             await add_messages(connection, 120, service_id=service)
         await until_statuses(connection, accepted=70 + 50, pending=50 + 70)
-        await connection.execute("UPDATE service SET day_limit = NULL WHERE service_id = 1")
+        # The provider first: a LIMIT_DAY would be believed until tomorrow.
         await provider.set(services=[{"id": 1, "day": None}])
+        await connection.execute("UPDATE service SET day_limit = NULL WHERE service_id = 1")
         await until_statuses(connection, accepted=85 + 50, pending=35 + 70)
         for run in workers:
             assert await run.stop() == 0
