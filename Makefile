@@ -29,9 +29,9 @@ setup: .venv/ready ## Build .venv from the lock file (the others do it by themse
 	$$python -m venv $(@D); \
 	packages=$$(grep -c == $(LOCK)); \
 	echo "Installing up to $$packages locked packages, in a minute or so"; \
-	if [ -z "$(UV)" ] || ! { "$(UV)" pip install --quiet --python $(@D)/bin/python \
-	        --require-hashes --requirement $(LOCK) || { echo "pip takes over" >&2; false; }; }; then \
-	    $(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+	if [ -z "$(UV)" ] || ! { "$(UV)" pip install --quiet --compile-bytecode \
+	        --python $(@D)/bin/python --require-hashes --requirement $(LOCK) || { echo "pip takes over" >&2; false; }; }; then \
+	    $(@D)/bin/python -m pip install -qq --disable-pip-version-check \
 	        --require-hashes --requirement $(LOCK); \
 	fi; \
 	$(@D)/bin/python -m pip install -qq --disable-pip-version-check \

@@ -17,9 +17,9 @@ import structlog
 
 from dispatcher import __version__, clock, heartbeat, logs, spool, supervisor
 from dispatcher.breaker import Breaker
-from dispatcher.db import migrations, workers
+from dispatcher.db import schema, workers
 from dispatcher.db.listen import listen
-from dispatcher.db.pool import DatabaseClock, DatabaseLost, Session, connect
+from dispatcher.db.pool import DatabaseClock, DatabaseLost, Session
 from dispatcher.db.prune import prune
 from dispatcher.embedded import EmbeddedPostgres
 from dispatcher.lease import Lease
@@ -186,23 +186,18 @@ class App:
         while not self._stop.is_set():
             try:
                 if self._settings.database_url is None:
-                    await migrations.upgrade(self._dsn)
-                connection = await connect(
-                    self._dsn, name="dispatcher start", timeout=self._timeout
-                )
-                try:
-                    schema = await migrations.inspect(connection)
-                finally:
-                    await connection.close()
-            except migrations.SchemaAhead as error:
+                    await schema.upgrade(self._dsn)
+                async with self._session("start") as session:
+                    complaint = await schema.complaint(session)
+            except schema.SchemaWrong as error:
                 return str(error)
             except DatabaseLost as error:
                 told(str(error))
                 await _either(self._stop.wait(), AGAIN)
                 continue
             told(None)
-            self._schema_current = schema.current
-            return None if schema.current else schema.complaint
+            self._schema_current = complaint is None
+            return complaint
         return None
 
     @asynccontextmanager

@@ -17,6 +17,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from dispatcher.db import migrations
 from dispatcher.embedded import EmbeddedPostgres
+from tests import scratch
 
 # One server serves the whole run: pytest-xdist's workers inherit the variable and join it.
 SERVER_DIRECTORY = "DISPATCHER_TEST_SERVER"
@@ -39,9 +40,14 @@ setattr(aioresponses.core, "ClientResponse", _MockedResponse)  # noqa: B010 - my
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the server's directory, in the process that is started first."""
     if SERVER_DIRECTORY not in os.environ:
-        directory = tempfile.TemporaryDirectory(prefix="dispatcher-tests-")
+        directory = scratch.directory("tests")
         _directories.append(directory)
         os.environ[SERVER_DIRECTORY] = directory.name
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers a core: half of the time a test waits for a process or for a moment."""
+    return 2 * (os.cpu_count() or 1)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -113,7 +119,7 @@ def data_dir() -> Iterator[Path]:
     Not under `tmp_path`: run by root, pytest closes the way to it to PostgreSQL's user whenever
     another run starts.
     """
-    with tempfile.TemporaryDirectory(prefix="dispatcher-test-") as directory:
+    with scratch.directory("test") as directory:
         yield Path(directory)
 
 

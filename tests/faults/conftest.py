@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests import scratch
 from tests.builders import add_service
 from tests.e2e.harness import Worker, worker
 from tests.faults.postgres import Connection, Postgres
@@ -21,7 +21,7 @@ from tests.faults.proxy import Proxy
 @pytest.fixture(scope="session")
 def server() -> Iterator[Postgres]:
     """A server of this test process alone."""
-    with tempfile.TemporaryDirectory(prefix="dispatcher-faults-") as directory:
+    with scratch.directory("faults") as directory:
         server = Postgres(Path(directory))
         asyncio.run(server.open())
         yield server
