@@ -365,12 +365,13 @@ async def test_deadlock_with_a_worker(
     name = await connection.fetchval("SELECT current_database()")
 
     # Whichever of the two is chosen to give way: the command must come to its end.
-    with suppress(asyncpg.DeadlockDetectedError):
-        async with asyncio.TaskGroup() as group, other.transaction():
-            await other.execute(touch, second)
-            done = group.create_task(command("cancel", "--batch", "may", "--yes"))
-            await wait_for(lambda: connection.fetchval(blocked, name), "the command waits")
-            await other.execute(touch, first)
+    async with asyncio.TaskGroup() as group:
+        with suppress(asyncpg.DeadlockDetectedError):
+            async with other.transaction():
+                await other.execute(touch, second)
+                done = group.create_task(command("cancel", "--batch", "may", "--yes"))
+                await wait_for(lambda: connection.fetchval(blocked, name), "the command waits")
+                await other.execute(touch, first)
     await other.close()
 
     assert await done == Outcome(0, "2 messages cancelled.\n", "")
