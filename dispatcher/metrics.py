@@ -189,28 +189,29 @@ class Metrics:
         self._by_answer: dict[str, Counter] = {}
         self._by_report: dict[str | None, Counter] = {}
 
-    def outcome(self, service_id: int, status: str, answer: str, seconds: float | None) -> None:
-        """Count a recorded outcome, and its request if there was one.
+    def outcomes(self, messages: int, service_id: int, status: str, answer: str) -> None:
+        """Count recorded outcomes that are alike, and their requests if they took one each.
 
         `answer`: the word answered, without an identifier, or 'in doubt' or 'never left', or
-        `NOT_SENT` for an outcome that took no request. `seconds`: how long the request was under
-        way, None if not one byte left.
+        `NOT_SENT` for outcomes that took no request.
         """
         try:
             message = self._by_outcome[service_id, status]
         except KeyError:
             message = self._messages.labels(str(service_id), status)
             self._by_outcome[service_id, status] = message
-        message.inc()
+        message.inc(messages)
         if answer == NOT_SENT:
             return
         try:
             request = self._by_answer[answer]
         except KeyError:
             request = self._by_answer[answer] = self._requests.labels(answer)
-        request.inc()
-        if seconds is not None:
-            self._request_seconds.observe(seconds)
+        request.inc(messages)
+
+    def request(self, seconds: float) -> None:
+        """Note for how long a request was under way."""
+        self._request_seconds.observe(seconds)
 
     def insert_to_accepted(self, seconds: float) -> None:
         """Note how long a message took from its insert to its acceptance."""

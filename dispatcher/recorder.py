@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -50,6 +51,7 @@ class Recorder:
         breaker: Breaker,
         metrics: Metrics,
         *,
+        enough: int,
         released: Callable[[Settled], None],
         accepted: Callable[[], None],
         database: Callable[[str | None], None],
@@ -61,6 +63,7 @@ class Recorder:
             worker_id: The worker whose claims these are.
             breaker: Told of each result at once, and to make its conclusions durable.
             metrics: Counts what was recorded.
+            enough: Results that are recorded without waiting for more.
             released: Told of each result that is durable.
             accepted: Told that identifiers were recorded.
             database: Told of each loss of the database (one phrase) and each success (None).
@@ -69,12 +72,14 @@ class Recorder:
         self._worker_id = worker_id
         self._breaker = breaker
         self._metrics = metrics
+        self._at_once = min(enough, BATCH)
         self._released = released
         self._accepted = accepted
         self._database = database
         self._waiting: deque[Settled] = deque()
         self._batch: list[Settled] = []
         self._more = asyncio.Event()
+        self._enough = asyncio.Event()
         self._closing = False
         self._oldest: float | None = None
         self.recorded: Counter[Status] = Counter()
@@ -92,11 +97,14 @@ class Recorder:
             self._oldest = clock.now()
         self._waiting.append(settled)
         self._more.set()
+        if len(self._waiting) >= self._at_once:
+            self._enough.set()
 
     def close(self) -> None:
         """End `run` once all that was put is recorded."""
         self._closing = True
         self._more.set()
+        self._enough.set()
 
     async def run(self) -> None:
         """Record until closed."""
@@ -109,11 +117,17 @@ class Recorder:
                     return
                 self._more.clear()
                 continue
-            if not self._closing and len(self._waiting) < BATCH:
-                await asyncio.sleep(LINGER)
+            if not self._closing and len(self._waiting) < self._at_once:
+                await self._linger()
             while self._waiting and len(self._batch) < BATCH:
                 self._batch.append(self._waiting.popleft())
             await self._write()
+
+    async def _linger(self) -> None:
+        self._enough.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                await self._enough.wait()
 
     def unrecorded(self) -> list[outbox.Result]:
         """What is not known to be recorded, for the spool."""
@@ -141,11 +155,12 @@ class Recorder:
         self._oldest = clock.now() if self._waiting else None
         if any(settled.outcome.provider_id is not None for settled in batch):
             self._accepted()
+        told: Counter[tuple[int, str, str]] = Counter()
         for settled in batch:
             key = (settled.message.id, settled.message.claim_no)
             self._released(settled)
             if key in written or again:
-                self._tell(settled, written.get(key))
+                self._tell(settled, written.get(key), told)
             else:
                 log.warning(
                     "message.superseded",
@@ -155,17 +170,22 @@ class Recorder:
                     status=settled.outcome.status,
                 )
 
-    def _tell(self, settled: Settled, accepted_after: float | None) -> None:
+        for alike, messages in told.items():
+            self._metrics.outcomes(messages, *alike)
+
+    def _tell(
+        self,
+        settled: Settled,
+        accepted_after: float | None,
+        told: Counter[tuple[int, str, str]],
+    ) -> None:
         message, outcome = settled.message, settled.outcome
         if settled.withheld and outcome.status is Status.PENDING:
             return
         self.recorded[outcome.status] += 1
-        self._metrics.outcome(
-            message.service_id,
-            outcome.status.value,
-            _answer(settled),
-            settled.seconds if settled.left_at is not None else None,
-        )
+        told[message.service_id, outcome.status.value, _answer(settled)] += 1
+        if settled.left_at is not None:
+            self._metrics.request(settled.seconds)
         if accepted_after is not None:
             self._metrics.insert_to_accepted(accepted_after)
         log.info(

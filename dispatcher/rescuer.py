@@ -87,7 +87,7 @@ class Rescuer:
             self._tell("message.unknown", row)
 
     def _tell(self, event: str, row: Record) -> None:
-        self._metrics.outcome(row["service_id"], row["status"], NOT_SENT, None)
+        self._metrics.outcomes(1, row["service_id"], row["status"], NOT_SENT)
         log.info(
             event,
             id=row["id"],

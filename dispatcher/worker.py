@@ -30,8 +30,14 @@ from dispatcher.settings import Settings
 LINGER: Final = 0.02
 """Seconds that a few free places wait for more, so that one claim serves them all."""
 
+ENOUGH: Final = 2 / 3
+"""Free places, as a share of all, that wait for no more."""
+
 AHEAD: Final = 0.03
 """Seconds of sending that are claimed ahead, so that no place waits for a claim."""
+
+AT_MOST_AHEAD: Final = 3 / 4
+"""Messages claimed ahead, as a share of the places; each is in doubt if this process is killed."""
 
 POISONED: Final = 3
 """How often a message may make our own code fail before it is refused."""
@@ -233,7 +239,7 @@ class Worker:
             free = min(free, 1)
         if not self._active or free <= 0:
             return False
-        enough = max(1, self._settings.concurrency // 2)
+        enough = max(1, int(self._settings.concurrency * ENOUGH))
         if free < enough and self._sending and unreachable is None:
             now = clock.now()
             if self._linger_until is None:
@@ -252,7 +258,7 @@ class Worker:
             self._rate = self._answered / (now - self._rated_at)
             self._answered, self._rated_at = 0, now
         most = self._settings.concurrency
-        ahead = min(most // 2, int(self._rate * AHEAD))
+        ahead = int(min(most * AT_MOST_AHEAD, self._rate * AHEAD))
         return min(
             most + ahead - (len(self._sending) - self._awaiting_slot),
             2 * most - len(self.held),
@@ -612,7 +618,7 @@ class Worker:
 
     def _tell_refused(self, row: Record) -> None:
         status = Status(row["status"])
-        self._metrics.outcome(row["service_id"], status.value, NOT_SENT, None)
+        self._metrics.outcomes(1, row["service_id"], status.value, NOT_SENT)
         log.info(
             EVENTS[status],
             id=row["id"],

@@ -55,7 +55,7 @@ async def test_a_scrape_has_what_the_process_and_the_database_know(
     await add_service(connection)
     await add_messages(connection, 3)
     async with serving(database) as it:
-        it.metrics.outcome(42, "accepted", "MSG_OK", 0.1)
+        it.metrics.outcomes(1, 42, "accepted", "MSG_OK")
         families = await scraped(it)
     assert families["dispatcher_messages"] == {("accepted", "42"): 1.0}
     assert families["dispatcher_pending"] == {("42",): 3.0}
@@ -219,7 +219,7 @@ async def test_a_scrape_answers_while_the_database_is_away(
     monkeypatch.setattr(serverside, "SHARE", 0)
     await add_service(connection)
     async with serving(database) as it:
-        it.metrics.outcome(42, "accepted", "MSG_OK", 0.1)
+        it.metrics.outcomes(1, 42, "accepted", "MSG_OK")
         await shut(connection, away=True)
         families = await scraped(it)
         assert families["dispatcher_database_up"] == {(): 0.0}

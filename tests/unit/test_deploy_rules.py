@@ -48,7 +48,7 @@ def expressions() -> dict[str, str]:
 def exposed() -> dict[str, set[str]]:
     """The metrics that a worker exposes when everything has happened once, with their labels."""
     metrics = Metrics()
-    metrics.outcome(42, "accepted", "MSG_OK", 0.1)
+    metrics.outcomes(1, 42, "accepted", "MSG_OK")
     metrics.report(None, matched=False)
     metrics.refused("wrong token")
     samples = [Sample(name, ("a",) * len(family.labels), 1.0) for name, family in GAUGES.items()]

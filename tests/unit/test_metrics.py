@@ -20,11 +20,12 @@ def values(family: Metric) -> dict[tuple[str, ...], float]:
 def busy() -> Metrics:
     """Metrics that have seen one of everything."""
     metrics = Metrics()
-    metrics.outcome(42, "accepted", "MSG_OK", 0.2)
-    metrics.outcome(42, "accepted", "MSG_OK", 0.3)
-    metrics.outcome(42, "unknown", "in doubt", 15.0)
-    metrics.outcome(43, "pending", "never left", None)
-    metrics.outcome(43, "expired", NOT_SENT, None)
+    metrics.outcomes(2, 42, "accepted", "MSG_OK")
+    metrics.outcomes(1, 42, "unknown", "in doubt")
+    metrics.outcomes(1, 43, "pending", "never left")
+    metrics.outcomes(1, 43, "expired", NOT_SENT)
+    for seconds in (0.2, 0.3, 15.0):
+        metrics.request(seconds)
     metrics.insert_to_accepted(0.7)
     metrics.accepted_to_delivered(12.0)
     metrics.rescued(5)
