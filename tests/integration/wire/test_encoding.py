@@ -1,8 +1,11 @@
 """A text arrives as it is: it cannot add a parameter, break the line or lose a character."""
 
+from base64 import b64encode
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from yarl import URL
 
 from dispatcher.provider import Answer, Provider
 from tests.integration.wire.client import NUMBER, yes
@@ -130,3 +133,21 @@ async def test_an_address_may_have_a_query_of_its_own(
 ) -> None:
     """Our parameters come after those that the address has; a fragment is not sent."""
     assert (await deliver(raw, "x", query=query)).startswith(begins)
+
+
+async def test_an_address_may_name_a_user(raw: RawProvider) -> None:
+    """What stands before the host is sent as HTTP's own credentials, and not in the address."""
+    address = raw.url.replace("//", "//me:s%20ecret@")
+    async with Provider(address, timeout=20, keepalive=30, concurrency=1) as provider:
+        reply = await provider.send(
+            user_id=7, service_id=42, msisdn=NUMBER, text="x", extended=False, check=yes
+        )
+    assert isinstance(reply, Answer)
+    (request,) = raw.requests
+    assert request.head.split(b"\r\n")[1:] == [
+        f"Host: {URL(raw.url).authority}".encode(),
+        b"User-Agent: dispatcher",
+        b"Authorization: Basic " + b64encode(b"me:s ecret"),
+        b"",
+        b"",
+    ]
