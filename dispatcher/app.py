@@ -28,7 +28,7 @@ from dispatcher.provider import Provider
 from dispatcher.recorder import Recorder
 from dispatcher.rescuer import Rescuer
 from dispatcher.server import CannotListen, Server
-from dispatcher.settings import Settings, SettingsError
+from dispatcher.settings import Settings, SettingsError, unknown
 from dispatcher.worker import Worker
 
 AGAIN: Final = 0.5
@@ -60,6 +60,8 @@ log = structlog.stdlib.get_logger()
 async def run(settings: Settings) -> int:
     """Run one worker until SIGTERM or SIGINT; returns the exit code."""
     logs.configure(settings.log_format, settings.log_level)
+    for name in unknown():
+        log.warning("setting.unknown", name=name)
     spool.prepare(settings.data_dir)
     code = 2
     with _database(settings) as dsn:

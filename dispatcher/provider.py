@@ -64,6 +64,8 @@ class InDoubt:
     """A short plain phrase, without number or text."""
     seconds: float
     """From the write of the request to the failure."""
+    received: bytes = b""
+    """What had come of the body by then; it is for people, and must not be taken for an answer."""
 
 
 Reply: TypeAlias = Answer | NeverLeft | InDoubt
@@ -197,7 +199,7 @@ class Provider:
             return Answer(response.status, body, attempt.seconds())
         if attempt.left_at is None:
             return NeverLeft(reason)
-        return InDoubt(reason, attempt.seconds())
+        return InDoubt(reason, attempt.seconds(), attempt.received)
 
 
 class _SendError(Exception):
@@ -234,6 +236,7 @@ class _Attempt:
         "left_at",
         "overdue",
         "protocol",
+        "received",
         "request",
     )
 
@@ -252,6 +255,7 @@ class _Attempt:
         self._watchdog = watchdog
         self.protocol: ResponseHandler | None = None
         self.left_at: float | None = None
+        self.received = b""
         self.deadline = 0.0
         self.overdue = False
 
@@ -470,10 +474,9 @@ async def _read(response: aiohttp.ClientResponse, attempt: _Attempt) -> bytes:
     closed in order; after a reset it is not, though aiohttp reports the end alike.
     """
     content = response.content
-    body = b""
     while not content.at_eof():
-        body += await content.read(MAX_ANSWER + 1 - len(body))
-        if len(body) > MAX_ANSWER:
+        attempt.received += await content.read(MAX_ANSWER + 1 - len(attempt.received))
+        if len(attempt.received) > MAX_ANSWER:
             raise _SendError("answer too long")
     headers = response.headers
     if (
@@ -483,7 +486,7 @@ async def _read(response: aiohttp.ClientResponse, attempt: _Attempt) -> bytes:
         and isinstance(attempt.protocol.exception(), OSError)
     ):
         raise _SendError("answer cut short")
-    return body
+    return attempt.received
 
 
 def _address(url: str) -> URL | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import (
     AliasChoices,
     BeforeValidator,
     Field,
+    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
@@ -85,7 +87,9 @@ class Settings(BaseSettings):
     poll_interval: float = Field(1, ge=0.01, le=3600)
     lease: float = Field(30, ge=0.5, le=3600)
     drain: float = Field(20, ge=0, le=3600)
-    egress: str = Field("default", min_length=1, max_length=200)
+    egress: Annotated[
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)
+    ] = "default"
     ban_backoff: float = Field(60, gt=0, le=86_400)
     ban_backoff_max: float = Field(3600, gt=0, le=604_800)
     probe_interval: float = Field(600, gt=0, le=604_800)
@@ -158,6 +162,19 @@ class Settings(BaseSettings):
         return self
 
 
+def unknown() -> list[str]:
+    """Names in the environment that look like a setting and are none, such as misspelt ones."""
+    known = {f"{_PREFIX}{name}".upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in known)
+
+
+_PLAINLY: Final = {
+    "int_parsing": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_parsing": "it must be a number",
+}
+
+
 def load(**given: Any) -> Settings:
     """Read and check the settings; `given` overrides the environment.
 
@@ -175,7 +192,7 @@ def load(**given: Any) -> Settings:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    told = first["msg"].removeprefix("Value error, ").rstrip(".")
+    told = _PLAINLY.get(first["type"]) or first["msg"].removeprefix("Value error, ").rstrip(".")
     if not first["loc"]:
         return f"{told}."
     field = str(first["loc"][0])

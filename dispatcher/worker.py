@@ -511,10 +511,13 @@ class Worker:
                     left_at=clock.now() - seconds,
                     seconds=seconds,
                 )
-            case InDoubt(reason=reason, seconds=seconds):
+            case InDoubt(reason=reason, seconds=seconds, received=received):
                 return Settled(
                     message,
-                    outcomes.doubt(f"No answer came ({reason})."),
+                    outcomes.doubt(
+                        f"No whole answer came ({reason}).",
+                        outcomes.printable(received) if received else None,
+                    ),
                     answered=False,
                     left_at=clock.now() - seconds,
                     seconds=seconds,

@@ -21,7 +21,7 @@ from dispatcher.embedded import EmbeddedPostgres
 from tests import scratch
 
 # One server serves the whole run: pytest-xdist's workers inherit the variable and join it.
-SERVER_DIRECTORY = "DISPATCHER_TEST_SERVER"
+SERVER_DIRECTORY = "TEST_POSTGRES_DIRECTORY"
 TEMPLATE = "dispatcher_template"
 NUMBERS = count()
 

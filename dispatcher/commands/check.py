@@ -21,7 +21,7 @@ from dispatcher.db.health import Health, look
 from dispatcher.db.pool import DatabaseLost, Session
 from dispatcher.db.refusal import Refused, refusals
 from dispatcher.embedded import EmbeddedUnavailable
-from dispatcher.settings import Settings, SettingsError, load
+from dispatcher.settings import Settings, SettingsError, load, unknown
 
 PATIENCE = 5.0
 """Seconds to wait for anything that is checked."""
@@ -71,7 +71,13 @@ def _findings() -> Iterator[Finding]:
     except SettingsError as error:
         yield Finding("settings", ok=False, detail=str(error), remedy="Correct it and try again.")
         return
-    yield Finding("settings", ok=True, detail="all are right")
+    names = unknown()
+    yield Finding(
+        "settings",
+        ok=True,
+        detail=f"all are right, but {', '.join(names)} is no setting" if names else "all are right",
+        remedy="Correct the name, or take it out of the environment." if names else None,
+    )
     health: Health | None = None
     try:
         with located(settings) as dsn, refusals():

@@ -231,9 +231,11 @@ def _read(column: str, value: str | int) -> object:
             except ValueError as error:
                 raise Misused(f"{option} is wrong: {error}.") from None
         case "on_unknown":
-            if value not in {"hold", "retry"}:
+            if not none and value not in {"hold", "retry"}:
                 raise Misused(f"{option} must be hold or retry.")
-            return value
+            return "hold" if none else value
+        case "timezone":
+            return "Europe/Sofia" if none else value
         case "name":
             return "" if none else value
         case _:

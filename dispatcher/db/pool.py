@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -62,6 +63,12 @@ def reason(error: BaseException) -> str:
     """One short phrase for an error of the connection."""
     if isinstance(error, asyncpg.InternalClientError):
         return "the connection was closed"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, socket.gaierror):
+        return "the name of its host is not known"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

@@ -97,7 +97,9 @@ async def test_clock_that_jumps(scene: Scene, tmp_path: Path) -> None:
             await add_numbered(scene.connection, 150, first=first)
             await add_numbered(scene.connection, 50, first=first + 150, service_id=43)
             await scene.provider.came(first + 20)
-            jump.write_text(str(seconds))
+            # Written whole, for the worker may read it at any moment.
+            (tmp_path / "next").write_text(str(seconds))
+            (tmp_path / "next").replace(jump)
             await until_statuses(scene.connection, accepted=200 * number + 200)
 
         async def beaten() -> bool:

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from dispatcher.cli import app
-from tests.conftest import SERVER_DIRECTORY
 from tests.integration.peers import Connection
 
 
@@ -45,7 +44,7 @@ async def rows(connection: Connection, query: str, *args: object) -> list[tuple[
 def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Sets nothing at all, in a folder of the test's own, which it returns."""
     for name in os.environ:
-        if name.startswith("DISPATCHER_") and name != SERVER_DIRECTORY:
+        if name.startswith("DISPATCHER_"):
             monkeypatch.delenv(name)
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")

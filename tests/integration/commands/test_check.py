@@ -63,6 +63,20 @@ async def test_wrong_setting(command: Command, monkeypatch: pytest.MonkeyPatch) 
     assert list(failed(await command("check", "--json"))) == ["settings"]
 
 
+async def test_misspelt(
+    command: Command, provider: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is no setting is told, but stops nothing: other programs may have set it."""
+    monkeypatch.setenv("DISPATCHER_CONCURENCY", "5")
+
+    done = await command("check", "--json")
+
+    assert done.code == 0
+    settings = done.json["checks"][0]
+    assert settings["detail"] == "all are right, but DISPATCHER_CONCURENCY is no setting"
+    assert settings["remedy"] == "Correct the name, or take it out of the environment."
+
+
 async def test_database_away(
     command: Command, provider: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,19 @@ async def test_add_with_everything(command: Command, connection: Connection) -> 
     }
 
 
+async def test_clear_what_has_a_default(command: Command, connection: Connection) -> None:
+    """'none' brings back what a service has that says nothing."""
+    await add_service(connection)
+    await connection.execute("UPDATE service SET timezone = 'UTC', on_unknown = 'retry'")
+
+    done = await command("service", "set", SERVICE, "--timezone", "none", "--on-unknown", "none")
+
+    assert done.code == 0
+    row = await connection.fetchrow("SELECT timezone, on_unknown FROM service")
+    assert row is not None
+    assert tuple(row) == ("Europe/Sofia", "hold")
+
+
 async def test_add_with_the_least(command: Command, connection: Connection) -> None:
     """What is not said of a new service is as the table has it by default."""
     assert (await command("service", "add", SERVICE, "--user-id", 7)).code == 0

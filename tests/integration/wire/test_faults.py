@@ -110,6 +110,26 @@ async def test_a_fault_leaves_nothing_behind(
     assert len(raw.lines) == 2
 
 
+@pytest.mark.parametrize(
+    ("fault", "received"),
+    [
+        (says(OK + b"Content-Length: 80\r\n\r\nMSG_OK:1"), b"MSG_OK:1"),
+        (says(OK + b"Content-Length: 5000\r\n\r\n" + b"x" * 5000), b"x" * (MAX_ANSWER + 1)),
+        (says(b"HTTP/1.1 20"), b""),
+    ],
+    ids=["cut short", "too long", "no body"],
+)
+async def test_what_came_of_an_answer_is_kept(
+    raw: RawProvider, fault: Fault, received: bytes
+) -> None:
+    """What there is of an answer tells people more than that there was none."""
+    raw.script = fault
+    async with client(raw.url) as provider:
+        reply = await send(provider)
+    assert isinstance(reply, InDoubt)
+    assert reply.received == received
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["to itself", "elsewhere"])
 async def test_a_redirect_is_not_followed(
