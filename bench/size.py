@@ -34,30 +34,30 @@ class Size:
 
 
 FULL: Final = Size(
-    rounds=5,
+    rounds=3,
     messages=10_000,
     latency_messages=160,
-    latency_rounds=2,
-    idle_seconds=20,
+    latency_rounds=1,
+    idle_seconds=10,
     workers=(1, 2, 4),
     sessions=(1, 2, 4),
     pending=1_000_000,
     few=10_000,
     growth_rounds=2,
     lived=1_000_000,
-    pace_messages=200,
+    pace_messages=400,
 )
 
 QUICK: Final = Size(
     rounds=1,
     messages=3_000,
-    latency_messages=30,
+    latency_messages=20,
     latency_rounds=1,
-    idle_seconds=5,
+    idle_seconds=2,
     workers=(1, 2),
     sessions=(1, 4),
-    pending=20_000,
-    few=4_000,
+    pending=10_000,
+    few=2_000,
     growth_rounds=0,
     lived=10_000,
     pace_messages=30,
