@@ -16,7 +16,16 @@ from bench import database, picture, report
 from bench.report import Finding
 from bench.size import FULL, QUICK, Size
 
-CASES: Final = ("throughput", "latency", "idle", "pace", "capacity", "growth", "lifetime")
+CASES: Final = (
+    "throughput",
+    "latency",
+    "idle",
+    "pace",
+    "reports",
+    "capacity",
+    "growth",
+    "lifetime",
+)
 
 RESULTS: Final = Path(__file__).parent / "results"
 

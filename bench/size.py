@@ -31,6 +31,8 @@ class Size:
     lived: int
     """Messages claimed and recorded before the size of the tables is looked at."""
     pace_messages: int
+    reports_messages: int
+    """Sent beside the reports, at a thousand a second or so."""
 
 
 FULL: Final = Size(
@@ -46,6 +48,7 @@ FULL: Final = Size(
     growth_rounds=2,
     lived=1_000_000,
     pace_messages=400,
+    reports_messages=6_000,
 )
 
 QUICK: Final = Size(
@@ -61,4 +64,5 @@ QUICK: Final = Size(
     growth_rounds=0,
     lived=10_000,
     pace_messages=30,
+    reports_messages=2_000,
 )
