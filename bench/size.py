@@ -64,5 +64,5 @@ QUICK: Final = Size(
     growth_rounds=0,
     lived=10_000,
     pace_messages=30,
-    reports_messages=2_000,
+    reports_messages=1_000,
 )

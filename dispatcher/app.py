@@ -250,7 +250,7 @@ class App:
                 breaker,
                 self._metrics,
                 enough=max(1, int(settings.concurrency * RECORDED_AT_ONCE)),
-                released=worker.released,
+                released=worker.sender.released,
                 accepted=server.accepted,
                 database=self._watch.of("record"),
             )
@@ -259,7 +259,9 @@ class App:
             self._watch.troubled = rescuer.hold_off
             if self._watch.was_away:
                 rescuer.hold_off()
-            self._metrics.observe(in_flight=lambda: worker.in_flight, lag=lambda: recorder.lag)
+            self._metrics.observe(
+                in_flight=lambda: worker.sender.in_flight, lag=lambda: recorder.lag
+            )
             log.info(
                 "worker.started",
                 worker_id=lease.worker_id,
@@ -345,7 +347,7 @@ class App:
                     working = group.create_task(worker.run(sends, recorder))
                     recording = group.create_task(recorder.run())
                     await self._stop.wait()
-                    log.info("worker.stopping", in_flight=worker.in_flight)
+                    log.info("worker.stopping", in_flight=worker.sender.in_flight)
                     supervisor.tell("STOPPING=1")
                     worker.stop()
                     await working
@@ -362,7 +364,7 @@ class App:
                 recording = sends.create_task(_as_far_as_it_goes(recorder))
                 await self._drain(worker, recorder, recording)
                 recording.cancel()
-            for message in list(worker.tasks):
+            for message in list(worker.sender.tasks):
                 message.cancel()
         return failed
 
@@ -371,9 +373,9 @@ class App:
     ) -> None:
         """Wait for what is in flight and for its results to be written, within the drain time."""
         ends = clock.now() + self._settings.drain
-        while worker.tasks and (left := ends - clock.now()) > 0:
-            await asyncio.wait(worker.tasks, timeout=left)
-        for settled in worker.abandon():
+        while worker.sender.tasks and (left := ends - clock.now()) > 0:
+            await asyncio.wait(worker.sender.tasks, timeout=left)
+        for settled in worker.sender.abandon():
             recorder.put(settled)
         recorder.close()
         await asyncio.wait([recording], timeout=max(WRITE_BACK, ends - clock.now()))
@@ -430,7 +432,7 @@ class App:
             if kind == "closed" and name == self._settings.egress:
                 breaker.shut()
             if kind == "cancel":
-                worker.recall()
+                worker.sender.recall()
             worker.wake(egress_changed=kind != "outbox")
 
         while True:

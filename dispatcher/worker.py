@@ -1,30 +1,28 @@
-"""The worker: claim -> pace -> send -> classify -> record, and nothing else."""
+"""The worker's loop: looks what waits, and claims as much as there is room for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine
-from functools import partial
-from random import random
+from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
 from dispatcher import clock
-from dispatcher.breaker import Breaker, Settled
+from dispatcher.breaker import Breaker
 from dispatcher.db import egress, outbox, quota, services, workers
 from dispatcher.db.pool import DatabaseClock, DatabaseLost, Record, Session
 from dispatcher.domain import outcomes
 from dispatcher.domain.message import Message, Status
 from dispatcher.domain.msisdn import masked, normalise
-from dispatcher.domain.retry import message_delay
 from dispatcher.domain.sharing import share
 from dispatcher.lease import Lease
 from dispatcher.metrics import NOT_SENT, Metrics
-from dispatcher.pacing import APPROACH, Pacer, Slot, until
-from dispatcher.provider import Answer, InDoubt, NeverLeft, Provider, Reply
+from dispatcher.pacing import Pacer
+from dispatcher.provider import Provider
 from dispatcher.recorder import EVENTS, Recorder
+from dispatcher.sender import Sender
 from dispatcher.settings import Settings
 
 LINGER: Final = 0.02
@@ -32,15 +30,6 @@ LINGER: Final = 0.02
 
 ENOUGH: Final = 2 / 3
 """Free places, as a share of all, that wait for no more."""
-
-AHEAD: Final = 0.03
-"""Seconds of sending that are claimed ahead, so that no place waits for a claim."""
-
-AT_MOST_AHEAD: Final = 3 / 4
-"""Messages claimed ahead, as a share of the places; each is in doubt if this process is killed."""
-
-POISONED: Final = 3
-"""How often a message may make our own code fail before it is refused."""
 
 BUSY: Final = 1.0
 """Seconds of unbroken work after which inserts need not wake this worker."""
@@ -51,19 +40,11 @@ FAILING: Final = 60.0
 LOOK_AGAIN: Final = 0.25
 """Seconds between two tries while the database or the lease is lost."""
 
-STOPPING: Final = "the worker stops"
-RECALLED: Final = "some messages were cancelled"
-SHUT: Final = "the egress is closed"
-LEASE_LOST: Final = "the lease has run out"
-WINDOW_OVER: Final = "its quota window is over"
-OVERDUE: Final = "its expires_at has passed"
-PACE_LOST: Final = "it missed its slot"
-
 log = structlog.stdlib.get_logger()
 
 
 class Worker:
-    """Moves messages from the outbox to the provider, as many at once as may be."""
+    """Claims messages of all services that may send, fairly, and has them sent."""
 
     def __init__(  # noqa: PLR0913 - the parts that a message passes through
         self,
@@ -85,13 +66,16 @@ class Worker:
         self._clock = database_clock
         self._lease = lease
         self._breaker = breaker
-        self._provider = provider
         self._metrics = metrics
         self._database = database
-        self._pacer = Pacer(self._reserve)
-        self._places = settings.concurrency
-        self._paced: deque[tuple[Message, Slot | None]] = deque()
-        self._unpaced: deque[tuple[Message, Slot | None]] = deque()
+        self.sender = Sender(
+            settings.concurrency,
+            lease=lease,
+            breaker=breaker,
+            provider=provider,
+            pacer=Pacer(self._reserve),
+            freed=self._freed,
+        )
         self._wake = asyncio.Event()
         self._stopping = False
         self._survey_at = 0.0
@@ -104,38 +88,17 @@ class Worker:
         self._later: dict[int, float] = {}
         self._quarantine: dict[int, float] = {}
         self._spent: dict[tuple[int, str], float] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
-        """The messages in flight or waiting for their slot."""
-        self.held: dict[tuple[int, int], Message] = {}
-        """Claimed and not yet recorded."""
-        self._held_by_service: Counter[int] = Counter()
-        self._sending: dict[tuple[int, int], Message] = {}
-        self._left: set[tuple[int, int]] = set()
-        self._recalled_at = 0.0
-        self._awaiting_slot = 0
-        self._answered = 0
-        self._rate = 0.0
-        self._rated_at = clock.now()
         self._linger_until: float | None = None
         self._reclaim_due = False
         self._reclaim_rescued = False
         self.looked_at = clock.now()
         """When the loop last went round, by our clock."""
 
-    @property
-    def in_flight(self) -> int:
-        """Messages whose outcome is not known yet."""
-        return len(self._sending)
-
     def wake(self, *, egress_changed: bool = False) -> None:
         """Look at the outbox now."""
         self._egress_stale = self._egress_stale or egress_changed
         self._survey_at = 0.0
         self._wake.set()
-
-    def recall(self) -> None:
-        """Give back what has not left: some of it was cancelled."""
-        self._recalled_at = clock.now()
 
     def reconcile(self, *, rescued: bool) -> None:
         """Look for claims whose answer was lost, before the next claim.
@@ -149,12 +112,12 @@ class Worker:
     def stop(self) -> None:
         """Claim nothing more and let nothing leave that has not left."""
         self._stopping = True
+        self.sender.stop()
         self._wake.set()
 
     async def run(self, group: asyncio.TaskGroup, recorder: Recorder) -> None:
         """Claim until told to stop; each message is a task of the group."""
-        self._group = group
-        self._recorder = recorder
+        self.sender.run_in(group, recorder)
         while not self._stopping:
             self.looked_at = clock.now()
             self._wake.clear()
@@ -217,7 +180,7 @@ class Worker:
             return await self._probe_egress()
         for service in list(self._probes):
             self._probes.discard(service)
-            if self._free() > 0 and await services.take_probe(
+            if self.sender.free() > 0 and await services.take_probe(
                 self._session,
                 service,
                 self._settings.egress,
@@ -231,38 +194,25 @@ class Worker:
         return self._settings.request_timeout + self._settings.lease
 
     async def _claim_shares(self) -> bool:
-        free = self._free()
+        free = self.sender.free()
         unreachable = self._breaker.unreachable_until
         if unreachable is not None:
-            if clock.now() < unreachable or self._sending:
+            if clock.now() < unreachable or self.sender.in_flight:
                 return False
             free = min(free, 1)
         if not self._active or free <= 0:
             return False
         enough = max(1, int(self._settings.concurrency * ENOUGH))
-        if free < enough and self._sending and unreachable is None:
+        if free < enough and self.sender.in_flight and unreachable is None:
             now = clock.now()
             if self._linger_until is None:
                 self._linger_until = now + LINGER
             if now < self._linger_until:
                 return False
         self._linger_until = None
-        asked = share(free, {s: self._held_by_service[s] for s in sorted(self._active)})
+        asked = share(free, {s: self.sender.held_by_service[s] for s in sorted(self._active)})
         await self._claim(asked)
         return unreachable is None and bool(self._active)
-
-    def _free(self) -> int:
-        """How many messages may be claimed now."""
-        now = clock.now()
-        if now - self._rated_at >= 0.1:
-            self._rate = self._answered / (now - self._rated_at)
-            self._answered, self._rated_at = 0, now
-        most = self._settings.concurrency
-        ahead = int(min(most * AT_MOST_AHEAD, self._rate * AHEAD))
-        return min(
-            most + ahead - (len(self._sending) - self._awaiting_slot),
-            2 * most - len(self.held),
-        )
 
     async def _survey(self) -> None:
         """Learn which services have work, and how the egress stands."""
@@ -287,7 +237,7 @@ class Worker:
 
     async def _probe_egress(self) -> bool:
         probe_at = self._breaker.probe_at
-        if probe_at is None or probe_at > clock.now() or self._free() <= 0:
+        if probe_at is None or probe_at > clock.now() or self.sender.free() <= 0:
             return False
         candidates = [w for w in await self._waiting() if w.may_send or w.probe_due]
         if not candidates or not await egress.take_probe(
@@ -331,7 +281,7 @@ class Worker:
             raise
         last_slot = {row["service_id"]: row["id"] for row in claim.sending}
         for row in claim.sending:
-            self._begin(
+            self.sender.begin(
                 self._message(
                     row,
                     began,
@@ -408,182 +358,6 @@ class Worker:
             probes_service=probe_service,
         )
 
-    def _begin(self, message: Message) -> None:
-        key = (message.id, message.claim_no)
-        self.held[key] = self._sending[key] = message
-        self._held_by_service[message.service_id] += 1
-        if message.slot is None:
-            self._start(message, None)
-        else:
-            slot = Slot(message.service_id, message.slot, message.delay, last=message.last_slot)
-            self._spawn(self._approach(message, slot))
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = self._group.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _approach(self, message: Message, slot: Slot) -> None:
-        self._awaiting_slot += 1
-        try:
-            await until(slot.at - APPROACH)
-        finally:
-            self._awaiting_slot -= 1
-        self._start(message, slot)
-
-    def _start(self, message: Message, slot: Slot | None) -> None:
-        """Send a message if there is a place for it, or as soon as there is one."""
-        if self._places > 0:
-            self._places -= 1
-            self._spawn(self._keep_sending(message, slot))
-        else:
-            (self._unpaced if slot is None else self._paced).append((message, slot))
-
-    async def _keep_sending(self, message: Message, slot: Slot | None) -> None:
-        """Send one message after the other, those that have a slot first, while any waits.
-
-        A task and a semaphore for each message took a fifteenth of the worker's time, measured.
-        """
-        try:
-            while True:
-                await self._send(message, slot)
-                waiting = self._paced or self._unpaced
-                if not waiting:
-                    return
-                message, slot = waiting.popleft()
-        finally:
-            self._places += 1
-
-    async def _send(self, message: Message, slot: Slot | None) -> None:
-        key = (message.id, message.claim_no)
-        try:
-            reply = await self._provider.send(
-                user_id=message.user_id,
-                service_id=message.service_id,
-                msisdn=message.msisdn,
-                text=message.text,
-                extended=message.extended,
-                check=partial(self._refusal, message, slot),
-                wait=None if slot is None else partial(self._pacer.wait, slot),
-            )
-        except Exception as error:  # noqa: BLE001 - see _poisoned
-            settled = self._poisoned(message, error)
-        else:
-            settled = self._settled(message, reply)
-        if slot is not None and slot.missed:
-            log.debug("slot.missed", id=message.id, times=slot.missed)
-        self._left.discard(key)
-        if self._sending.pop(key, None) is None:
-            return  # abandoned at the end of the drain time, and told so
-        self._answered += 1
-        self._recorder.put(settled)
-        if self._active and not self._wake.is_set():
-            self._wake.set()
-
-    def _refusal(self, message: Message, slot: Slot | None) -> str | None:
-        """Why a message may not leave now; asked directly before its first byte would."""
-        now = clock.now()
-        if self._stopping:
-            return STOPPING
-        if message.claimed_at <= self._recalled_at:
-            return RECALLED
-        if not self._breaker.open and not message.probes_egress:
-            return SHUT
-        if not self._lease.covers(message.claimed_at, now):
-            return LEASE_LOST
-        if message.send_before is not None and now >= message.send_before:
-            return WINDOW_OVER
-        if message.expires is not None and now >= message.expires:
-            return OVERDUE
-        if slot is not None and slot.lost:
-            return PACE_LOST
-        self._left.add((message.id, message.claim_no))
-        return None
-
-    def _settled(self, message: Message, reply: Reply) -> Settled:
-        match reply:
-            case Answer(status=status, body=body, seconds=seconds):
-                outcome = outcomes.classify(status, body)
-                return Settled(
-                    message,
-                    outcome,
-                    answered=not outcome.in_doubt,
-                    left_at=clock.now() - seconds,
-                    seconds=seconds,
-                )
-            case InDoubt(reason=reason, seconds=seconds, received=received):
-                return Settled(
-                    message,
-                    outcomes.doubt(
-                        f"No whole answer came ({reason}).",
-                        outcomes.printable(received) if received else None,
-                    ),
-                    answered=False,
-                    left_at=clock.now() - seconds,
-                    seconds=seconds,
-                )
-            case NeverLeft(reason=reason, withheld=True):
-                return Settled(
-                    message,
-                    outcomes.EXPIRED if reason == OVERDUE else outcomes.RELEASED,
-                    answered=False,
-                    withheld=True,
-                )
-            case NeverLeft(reason=reason):
-                return Settled(
-                    message,
-                    outcomes.never_left(reason),
-                    answered=False,
-                    failed=True,
-                    retry_in=message_delay(message.failures + 1, random()),
-                )
-
-    def _poisoned(self, message: Message, error: Exception) -> Settled:
-        """A message that makes our own code fail must not stop the others, nor go round for ever.
-
-        The client raises only before the first byte, so it certainly did not leave.
-        """
-        log.error("message.failed", id=message.id, service_id=message.service_id, exc_info=error)
-        if message.failures + 1 >= POISONED:
-            reason = f"The dispatcher itself failed on it ({type(error).__name__}); see its log."
-            return Settled(message, outcomes.refused(reason), answered=False)
-        return Settled(
-            message,
-            outcomes.never_left(f"the dispatcher itself failed: {type(error).__name__}"),
-            answered=False,
-            failed=True,
-            retry_in=message_delay(message.failures + 1, random()),
-        )
-
-    def abandon(self) -> list[Settled]:
-        """Settle what is still in flight when the drain time is over.
-
-        What has left is in doubt, for its answer is lost; the rest can leave no more, for the
-        worker has stopped.
-        """
-        settled = [
-            Settled(
-                message,
-                outcomes.doubt("The worker stopped before an answer came."),
-                answered=False,
-            )
-            if key in self._left
-            else Settled(message, outcomes.RELEASED, answered=False, withheld=True)
-            for key, message in self._sending.items()
-        ]
-        self._sending.clear()
-        return settled
-
-    def released(self, settled: Settled) -> None:
-        """A result is durable: its message is held no more."""
-        message = settled.message
-        if self.held.pop((message.id, message.claim_no), None) is not None:
-            self._held_by_service[message.service_id] -= 1
-            if not self._held_by_service[message.service_id]:
-                del self._held_by_service[message.service_id]
-        if self._active:
-            self._wake.set()
-
     async def release_lost_claims(self) -> None:
         """Give back what the database says we hold and we do not: the claim's answer was lost."""
         rescued, self._reclaim_due, self._reclaim_rescued = self._reclaim_rescued, False, False
@@ -596,7 +370,7 @@ class Worker:
 
     async def _release_lost_claims(self, *, rescued: bool) -> None:
         rows = await outbox.held(self._session, self._lease.worker_id, rescued=rescued)
-        lost = [row for row in rows if (row["id"], row["claim_no"]) not in self.held]
+        lost = [row for row in rows if (row["id"], row["claim_no"]) not in self.sender.held]
         if lost:
             await outbox.record(
                 self._session,
@@ -642,3 +416,7 @@ class Worker:
 
     async def _reserve(self, service_id: int) -> float:
         return self._clock.local(await services.reserve(self._pace_session, service_id))
+
+    def _freed(self) -> None:
+        if self._active and not self._wake.is_set():
+            self._wake.set()

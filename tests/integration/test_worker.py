@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 import structlog
 
-from dispatcher import worker as worker_module
+from dispatcher import sender
 from dispatcher.app import App
 from dispatcher.provider import Provider, Reply
 from dispatcher.settings import load
@@ -170,7 +170,7 @@ async def test_code_that_fails_on_a_message(
         return await send(self, **arguments)
 
     monkeypatch.setattr(Provider, "send", failing)
-    monkeypatch.setattr(worker_module, "message_delay", lambda *_: 0.01)
+    monkeypatch.setattr(sender, "message_delay", lambda *_: 0.01)
     async with provider() as p, running(database, p.url, tmp_path) as run:
         await until(connection, accepted=5, rejected=1)
         assert await run.stop() == 0
@@ -178,7 +178,7 @@ async def test_code_that_fails_on_a_message(
     row = await message(connection, bad)
     assert (row["attempts"], row["reply"]) == (0, None)
     assert row["error"] == "The dispatcher itself failed on it (ZeroDivisionError); see its log."
-    assert len(run.seen("message.failed")) == worker_module.POISONED
+    assert len(run.seen("message.failed")) == sender.POISONED
     assert await used(connection) == (5, 5, 5)
 
 
