@@ -80,8 +80,8 @@ async def _prepare(dsn: str) -> None:
         await connection.execute("SELECT pg_advisory_lock(1)")
         if await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", TEMPLATE):
             return
-        for setting in ("fsync", "full_page_writes"):
-            await connection.execute(f"ALTER SYSTEM SET {setting} = off")
+        for setting in ("fsync = off", "full_page_writes = off", "max_wal_size = '256MB'"):
+            await connection.execute(f"ALTER SYSTEM SET {setting}")
         await connection.execute("SELECT pg_reload_conf()")
         await connection.execute("CREATE DATABASE unfinished")
         await migrations.upgrade(database_dsn(dsn, "unfinished"))

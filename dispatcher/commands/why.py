@@ -191,7 +191,7 @@ def _show(
     out = console()
     status = "in doubt" if message["status"] == Status.UNKNOWN else message["status"]
     since = lasting(message["now"] - message["status_at"])
-    out.print(Text(f"Message {message['id']} is {status}, since {since}.\n"))
+    out.print(Text(f"Message {message['id']} is {status} (for {since}).\n"))
     for name, value in _facts(message):
         out.print(Text(f"{name:<12}{value}"))
     if found.attempts:
