@@ -196,7 +196,7 @@ class Breaker:
                 episode=row["ban_episode"],
                 until=row["banned_until"],
             )
-        elif await egress.resume(session, name):
+        elif await egress.resume(session, name, settled.message.ban_episode):
             log.info("egress.resumed", egress=name)
 
     async def _service(self, session: Session, settled: Settled) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 _MEMORY: Final = Path("/dev/shm")  # noqa: S108 - each test makes a directory of its own in it
-_ROOM: Final = 2 * 1024**3
+_ROOM: Final = 1024**3
 """Bytes that must be free in it; a container has 64 MB unless told otherwise."""
 
 

@@ -171,18 +171,23 @@ async def probe_unanswered(session: Session, name: str, *, doubt: bool, jitter: 
     await session.fetch(_PROBE_UNANSWERED, name, doubt, ILL_MOST, jitter)
 
 
-# Let traffic resume; wake all workers.
+# Let traffic resume after a probe of this episode; wake all workers.
 _RESUME = """
 WITH resumed AS (
     UPDATE egress e
     SET banned_until = NULL, ban_wait = NULL, ill_until = NULL, ill_wait = NULL
-    WHERE e.name = $1 AND (e.banned_until IS NOT NULL OR e.ill_until IS NOT NULL)
+    WHERE e.name = $1
+        AND e.ban_episode = $2
+        AND (e.banned_until IS NOT NULL OR e.ill_until IS NOT NULL)
     RETURNING e.name
 )
 SELECT resumed.*, pg_notify('dispatcher', 'open:' || $1) FROM resumed
 """
 
 
-async def resume(session: Session, name: str) -> bool:
-    """Open an egress; tells whether it was closed. Raises DatabaseLost."""
-    return bool(await session.fetch(_RESUME, name))
+async def resume(session: Session, name: str, episode: int) -> bool:
+    """Open an egress, unless a ban has begun since `episode`; tells whether it did so.
+
+    Raises DatabaseLost.
+    """
+    return bool(await session.fetch(_RESUME, name, episode))

@@ -584,11 +584,11 @@ class Dispatcher(RuleBasedStateMachine):
     @event(1, banned=[False] * 5 + [True])
     def ban(self, *, banned: bool) -> None:
         """The provider bans our address, or lets us in again."""
+        episode = self.do(egress.state(self.session, "default")).ban_episode
         if banned:
-            state = self.do(egress.state(self.session, "default"))
-            self.do(egress.ban(self.session, "default", state.ban_episode, 3600, 1))
+            self.do(egress.ban(self.session, "default", episode, 3600, 1))
         else:
-            self.do(egress.resume(self.session, "default"))
+            self.do(egress.resume(self.session, "default", episode))
         self.banned = banned
 
     @event(1)

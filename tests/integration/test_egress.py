@@ -81,7 +81,7 @@ async def test_many_answers_are_one_ban(database: str, connection: Connection) -
 async def test_late_answer_of_an_old_episode(connection: Connection, worker: Peer) -> None:
     """A request that began before traffic resumed opens no new episode; one after it does."""
     await egress.ban(worker.session, NAME, 0, 60, 1)
-    await egress.resume(worker.session, NAME)
+    await egress.resume(worker.session, NAME, 1)
 
     assert await egress.ban(worker.session, NAME, 0, 60, 1) is None
     assert (await egress.state(worker.session, NAME)).open
@@ -109,11 +109,22 @@ async def test_wait_falls_back_to_the_start(connection: Connection, worker: Peer
     await egress.ban(worker.session, NAME, 0, 10, 1)
     await egress.probe_banned(worker.session, NAME, 10, 3600, 1)
 
-    assert await egress.resume(worker.session, NAME)
-    assert not await egress.resume(worker.session, NAME)
+    assert await egress.resume(worker.session, NAME, 1)
+    assert not await egress.resume(worker.session, NAME, 1)
     await egress.ban(worker.session, NAME, 1, 10, 1)
 
     assert (await row(connection))["ban_wait"] == timedelta(seconds=10)
+
+
+async def test_late_resume_of_an_old_episode(connection: Connection, worker: Peer) -> None:
+    """What a probe has found does not lift a ban that began after it."""
+    await egress.ban(worker.session, NAME, 0, 10, 1)
+    await egress.resume(worker.session, NAME, 1)
+    await egress.ban(worker.session, NAME, 1, 10, 1)
+
+    assert not await egress.resume(worker.session, NAME, 1)
+
+    assert (await egress.state(worker.session, NAME)).banned
 
 
 async def test_one_probe_for_all_workers(database: str, connection: Connection) -> None:
@@ -222,7 +233,7 @@ async def test_both_at_once(connection: Connection, worker: Peer) -> None:
     await connection.execute("UPDATE egress SET banned_until = now()")
     assert not await egress.take_probe(worker.session, NAME, 5)
 
-    assert await egress.resume(worker.session, NAME)
+    assert await egress.resume(worker.session, NAME, 1)
 
     assert (await egress.state(worker.session, NAME)).open
 
@@ -242,8 +253,8 @@ async def test_all_are_told(database: str, connection: Connection, worker: Peer)
 
     await egress.ban(worker.session, NAME, 0, 60, 1)
     await egress.ban(worker.session, NAME, 0, 60, 1)
-    await egress.resume(worker.session, NAME)
-    await egress.resume(worker.session, NAME)
+    await egress.resume(worker.session, NAME, 1)
+    await egress.resume(worker.session, NAME, 1)
     await egress.sicken(worker.session, NAME)
 
     async with asyncio.timeout(10):
