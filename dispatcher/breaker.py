@@ -51,7 +51,9 @@ class Settled:
     withheld: bool = False
     """Given back by ourselves before its request left."""
     failed: bool = False
-    """Whether its request never left for a fault of the way there."""
+    """Whether its request never left for a fault, of the way there or of our own code."""
+    unreached: bool = False
+    """Whether the fault was of the way there."""
     retry_in: float | None = None
     left_at: float | None = None
     """When its first byte left, by our clock; None if none did."""
@@ -119,7 +121,7 @@ class Breaker:
                 self._doubts += 1
                 if self._doubts >= IN_A_ROW:
                     self._ill = True
-        elif settled.failed:
+        elif settled.unreached:
             self._unreached += 1
             if self._unreached == IN_A_ROW:
                 log.warning("provider.unreachable", reason=outcome.error)

@@ -245,6 +245,7 @@ class Sender:
                     outcomes.never_left(reason),
                     answered=False,
                     failed=True,
+                    unreached=True,
                     retry_in=message_delay(message.failures + 1, random()),
                 )
 

@@ -158,9 +158,9 @@ async def test_worker_that_was_deleted(
 async def test_code_that_fails_on_a_message(
     database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A message on which our own code fails is rejected in the end, and stops no other."""
+    """Messages on which our own code fails are rejected in the end, and stop no other."""
     await add_service(connection, timezone=midweek())
-    bad = await add_message(connection, text="poison", priority=9)
+    bad = [await add_message(connection, text="poison", priority=9) for _ in range(6)]
     await add_messages(connection, 5)
     send = Provider.send
 
@@ -172,13 +172,14 @@ async def test_code_that_fails_on_a_message(
     monkeypatch.setattr(Provider, "send", failing)
     monkeypatch.setattr(sender, "message_delay", lambda *_: 0.01)
     async with provider() as p, running(database, p.url, tmp_path) as run:
-        await until(connection, accepted=5, rejected=1)
+        await until(connection, accepted=5, rejected=6)
         assert await run.stop() == 0
 
-    row = await message(connection, bad)
+    row = await message(connection, bad[0])
     assert (row["attempts"], row["reply"]) == (0, None)
     assert row["error"] == "The dispatcher itself failed on it (ZeroDivisionError); see its log."
-    assert len(run.seen("message.failed")) == sender.POISONED
+    assert len(run.seen("message.failed")) == 6 * sender.POISONED
+    assert not run.seen("provider.unreachable")
     assert await used(connection) == (5, 5, 5)
 
 
