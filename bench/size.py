@@ -31,6 +31,7 @@ class Size:
     lived: int
     """Messages claimed and recorded before the size of the tables is looked at."""
     pace_messages: int
+    log_lines: int
     reports_messages: int
     """Sent beside the reports, at a thousand a second or so."""
 
@@ -48,6 +49,7 @@ FULL: Final = Size(
     growth_rounds=2,
     lived=1_000_000,
     pace_messages=400,
+    log_lines=50_000,
     reports_messages=6_000,
 )
 
@@ -64,5 +66,6 @@ QUICK: Final = Size(
     growth_rounds=0,
     lived=10_000,
     pace_messages=30,
+    log_lines=10_000,
     reports_messages=1_000,
 )
