@@ -17,14 +17,8 @@ from bench.report import Finding
 from bench.size import FULL, QUICK, Size
 
 CASES: Final = (
-    "throughput",
-    "latency",
-    "idle",
-    "pace",
-    "reports",
-    "capacity",
-    "growth",
-    "lifetime",
+    *("throughput", "latency", "idle", "pace", "reports", "logs"),
+    *("capacity", "growth", "lifetime"),
 )
 
 RESULTS: Final = Path(__file__).parent / "results"
