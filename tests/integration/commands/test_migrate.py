@@ -12,7 +12,7 @@ from dispatcher.db.pool import Session
 from dispatcher.embedded import EmbeddedPostgres
 from tests.conftest import database_dsn
 from tests.integration.commands.conftest import Command, Outcome
-from tests.integration.peers import Connection
+from tests.integration.peers import Connection, wait_for
 
 REVISION = schema.newest()
 
@@ -57,6 +57,28 @@ async def test_four_at_once(process: Command, empty: str) -> None:
 
     assert [outcome.code for outcome in done] == [0] * 4
     assert sorted(outcome.json["migrated"] for outcome in done) == [False, False, False, True]
+
+
+async def test_turns(empty: str) -> None:
+    """Who migrates looks at nothing before its turn has come, so two that wait both end well."""
+    other = await asyncpg.connect(empty)
+    await other.execute("SELECT pg_advisory_lock($1)", migrations.LOCK)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(migrations.upgrade(empty)) for _ in range(2)]
+
+        async def wait() -> bool:
+            waiting = await other.fetchval(
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND wait_event = 'advisory'"
+            )
+            return waiting == 2 or any(task.done() for task in tasks)
+
+        await wait_for(wait, "two that wait for their turn")
+        before = await other.fetchval("SELECT to_regclass('alembic_version')")
+        await other.close()
+
+    assert before is None
+    assert {task.result().found for task in tasks} == {None, REVISION}
 
 
 @pytest.mark.parametrize("arguments", [("migrate",), ("migrate", "--check"), ("service", "list")])
