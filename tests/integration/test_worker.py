@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
 import pytest
 import structlog
 
-from dispatcher import sender
-from dispatcher.app import App
+from dispatcher import rescuer, sender
+from dispatcher.app import App, DatabaseWatch
+from dispatcher.db import workers
 from dispatcher.provider import Provider, Reply
 from dispatcher.settings import load
 from dispatcher.simulator.config import Config, merge
 from dispatcher.simulator.server import Simulator
-from tests.builders import add_message, add_messages, add_service
+from tests.builders import SERVICE, add_message, add_messages, add_service
 from tests.integration.peers import (
     Connection,
     message,
     midweek,
+    peer,
     statuses,
     used,
     wait_for,
@@ -75,8 +79,13 @@ async def provider(**config: object) -> AsyncIterator[Simulator]:
 
 
 @asynccontextmanager
-async def running(database: str, url: str, tmp_path: Path, **settings: Any) -> AsyncIterator[Run]:
-    """A worker in this process; `settings` are named as DISPATCHER_… in small letters."""
+async def running(
+    database: str, url: str, tmp_path: Path, *, told: str = "worker.started", **settings: Any
+) -> AsyncIterator[Run]:
+    """A worker in this process that has told something.
+
+    `settings` are named as DISPATCHER_… in small letters.
+    """
     chosen = load(
         database_url=database,
         provider_url=url,
@@ -87,10 +96,29 @@ async def running(database: str, url: str, tmp_path: Path, **settings: Any) -> A
     with structlog.testing.capture_logs() as events:
         run = Run(App(chosen, database), events)
         try:
-            await run.event("worker.started")
+            await run.event(told)
             yield run
         finally:
             await run.stop()
+
+
+@asynccontextmanager
+async def cut_off(database: str, connection: Connection) -> AsyncIterator[None]:
+    """No worker reaches the database meanwhile."""
+    name = await connection.fetchval("SELECT current_database()")
+    # Not by the test's connection: a session cannot shut the database that it is in.
+    admin = await asyncpg.connect(database.replace(f"/{name}?", "/postgres?"))
+    try:
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = $1 AND application_name LIKE 'dispatcher%'",
+            name,
+        )
+        yield
+    finally:
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        await admin.close()
 
 
 async def until(connection: Connection, **expected: int) -> None:
@@ -286,8 +314,6 @@ async def test_probe_of_a_service_without_an_answer(
 async def test_database_is_cut_off(database: str, connection: Connection, tmp_path: Path) -> None:
     """Answers that come while the database is away are kept, and written when it is back."""
     await add_service(connection, timezone=midweek())
-    name = await connection.fetchval("SELECT current_database()")
-    admin = await asyncpg.connect(database.replace(f"/{name}?", "/postgres?"))
     async with (
         provider(faults={"latency": 0.2}) as p,
         running(database, p.url, tmp_path) as run,
@@ -298,19 +324,12 @@ async def test_database_is_cut_off(database: str, connection: Connection, tmp_pa
             return p.received()["requests"] >= 10
 
         await wait_for(in_flight, "the requests")
-        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        await admin.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE datname = $1 AND application_name LIKE 'dispatcher%'",
-            name,
-        )
-        await run.event("database.lost")
-        answered = p.received()["requests"]
-        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        async with cut_off(database, connection):
+            await run.event("database.lost")
+            answered = p.received()["requests"]
         await run.event("database.back")
         await until(connection, accepted=40)
         assert await run.stop() == 0
-    await admin.close()
 
     assert answered <= 2 * 10
     assert p.received()["requests"] == 40
@@ -323,8 +342,6 @@ async def test_spooled_while_the_database_is_away(
 ) -> None:
     """A worker that must stop while the database is away spools its answers for the next one."""
     await add_service(connection, timezone=midweek())
-    name = await connection.fetchval("SELECT current_database()")
-    admin = await asyncpg.connect(database.replace(f"/{name}?", "/postgres?"))
     async with provider(faults={"latency": 0.3}) as p:
         async with running(database, p.url, tmp_path, drain=1) as run:
             await add_messages(connection, 8)
@@ -333,22 +350,122 @@ async def test_spooled_while_the_database_is_away(
                 return p.received()["requests"] == 8
 
             await wait_for(in_flight, "the requests")
-            await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-            await admin.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE datname = $1 AND application_name LIKE 'dispatcher%'",
-                name,
-            )
-            assert await run.stop() == 0
-            spooled = await run.event("spool.written")
-        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+            async with cut_off(database, connection):
+                assert await run.stop() == 0
+                spooled = await run.event("spool.written")
         assert await statuses(connection) == {"sending": 8}
 
         async with running(database, p.url, tmp_path) as run:
             await run.event("spool.taken_up")
             await until(connection, accepted=8)
             assert await run.stop() == 0
-    await admin.close()
 
     assert spooled["results"] == 8
     assert p.received()["requests"] == 8
+
+
+LEASE = 300.0
+"""Seconds; more than any test takes, so that none ends but by a clock of the test's own."""
+
+
+class Losses:
+    """Which parts of a worker find the database away."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._parts: list[str] = []
+        hear = DatabaseWatch._hear
+
+        def overheard(watch: DatabaseWatch, part: str, loss: str | None) -> None:
+            hear(watch, part, loss)
+            if loss is not None:
+                self._parts.append(part)
+
+        monkeypatch.setattr(DatabaseWatch, "_hear", overheard)
+
+    async def another(self, part: str) -> None:
+        """Wait until a part finds it away, whether or not it has before."""
+        self._parts.clear()
+
+        async def found() -> bool:
+            return part in self._parts
+
+        await wait_for(found, f"the loss that '{part}' finds")
+
+
+async def go_round(connection: Connection) -> None:
+    """Wait until the rescuer has gone a whole round that began after this call."""
+    for _ in range(2):
+        # Its service is paused, so nobody but the rescuer ends it, and does so first in a round.
+        late = await add_message(
+            connection, service_id=SERVICE + 1, expires_at=datetime.now(UTC) - timedelta(hours=1)
+        )
+
+        async def ended(late: int = late) -> bool:
+            return bool((await message(connection, late))["status"] == "expired")
+
+        await wait_for(ended, "a round of the rescuer")
+
+
+@pytest.mark.parametrize("runs_before", [True, False])
+async def test_others_may_beat_after_an_outage(
+    database: str,
+    connection: Connection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    runs_before: bool,
+) -> None:
+    """Whose lease ran out while the database was away has a whole one from its return to beat."""
+    clock = SimpleNamespace(time=0.0)
+    monkeypatch.setattr(rescuer, "clock", SimpleNamespace(now=lambda: clock.time))
+    monkeypatch.setattr(rescuer, "ROUND", 0.01)
+    losses = Losses(monkeypatch)
+    await add_service(connection)
+    await add_service(connection, SERVICE + 1, paused=True)
+    kept, lost = await add_messages(connection, 2)
+    async with AsyncExitStack() as stack:
+        beating = await stack.enter_async_context(peer(database))
+        silent = await stack.enter_async_context(peer(database))
+        rows = (await beating.claim(1)).sending
+        await silent.claim(1)
+
+        async def start(told: str) -> Run:
+            return await stack.enter_async_context(
+                running(database, "http://127.0.0.1:1/", tmp_path, told=told, lease=LEASE)
+            )
+
+        run = None
+        if runs_before:
+            run = await start("worker.started")
+            await go_round(connection)
+        async with cut_off(database, connection):
+            if run is not None:
+                await losses.another("rescue")
+            clock.time += LEASE
+            # Short, as the server of the tests has not run for a long one.
+            await connection.execute(
+                "UPDATE worker SET lease = '1 ms', lease_until = clock_timestamp() "
+                "WHERE host = 'test'"
+            )
+            if run is None:
+                run = await start("database.lost")
+            else:
+                await losses.another("rescue")
+        await run.event("worker.started")
+        await run.event("database.back")
+        for passing in (0, LEASE - 1):
+            clock.time += passing
+            await go_round(connection)
+            assert not run.seen("worker.rescued")
+        await connection.execute("UPDATE worker SET lease = '1 h' WHERE id = $1", beating.worker_id)
+        await workers.beat(beating.session, beating.worker_id)
+        clock.time += LEASE
+        rescued = await run.event("worker.rescued")
+        await go_round(connection)
+        await beating.record(rows)
+
+    assert [row["id"] for row in rows] == [kept]
+    assert (rescued["worker_id"], rescued["messages"]) == (silent.worker_id, 1)
+    assert len(run.seen("worker.rescued")) == 1
+    assert (await message(connection, kept))["status"] == "accepted"
+    assert (await message(connection, lost))["status"] == "unknown"
