@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from random import Random
+from signal import SIGCONT, SIGSTOP
 from typing import Final
 
 import pytest
@@ -13,7 +14,7 @@ from tests.faults import invariant
 from tests.faults.conftest import Scene
 from tests.faults.provider import Conduct, Entry, Provider, accept, keep_silent
 from tests.faults.texts import add_numbered
-from tests.integration.wire.raw_provider import Line, Received
+from tests.integration.wire.raw_provider import Received
 
 TIMEOUT: Final = 1.0
 """Seconds that a worker waits for an answer."""
@@ -118,21 +119,39 @@ async def test_every_fault_under_load(scene: Scene, seed: int) -> None:
 
 
 async def test_idle_connections_are_closed(scene: Scene) -> None:
-    """A provider that closes idle connections earlier than we do puts nothing in doubt."""
-    idle: set[Line] = set()
+    """A provider that closes connections earlier than we do puts nothing in doubt."""
+    concurrency, rounds = 4, 10
+    closed = 0
 
     async def conduct(provider: Provider, request: Received, entry: Entry) -> None:
+        nonlocal closed
         await accept(provider, request, entry)
-        idle.add(request.line)
+        request.line.hang_up()
+        closed += 1
 
     scene.provider.conduct = conduct
-    running = await scene.worker(concurrency=4, keepalive=60)
-    for batch in range(20):
-        await add_numbered(scene.connection, 4, first=4 * batch + 1)
-        await until_statuses(scene.connection, accepted=4 * batch + 4)
-        for line in idle:
-            line.hang_up()
-        idle.clear()
+    scene.provider.gate.clear()
+    running = await scene.worker(concurrency=concurrency, keepalive=60)
+    await add_numbered(scene.connection, concurrency * rounds)
+    for sent in range(concurrency, concurrency * rounds + 1, concurrency):
+
+        async def in_flight(sent: int = sent) -> bool:
+            return len(scene.provider.entries) >= sent or bool(running.seen("message.unknown"))
+
+        await wait_for(in_flight, "the next messages")
+        assert not running.seen("message.unknown")
+        # Frozen, so that it finds answer and end together, and its next message takes the
+        # connection before it has read of the end.
+        running.signal(SIGSTOP)
+        scene.provider.gate.set()
+
+        async def all_closed(sent: int = sent) -> bool:
+            return closed >= sent
+
+        await wait_for(all_closed, "the ends of the connections")
+        scene.provider.gate.clear()
+        running.signal(SIGCONT)
+    await until_statuses(scene.connection, accepted=concurrency * rounds)
 
     assert await running.stop() == 0
     await invariant.hold(scene.connection, scene.provider, running)
