@@ -178,8 +178,9 @@ class Breaker:
 
     async def _probed_egress(self, session: Session, settled: Settled) -> None:
         name = self._settings.egress
+        episode = settled.message.ban_episode
         if settled.withheld:
-            await egress.return_probe(session, name)
+            await egress.return_probe(session, name, episode)
         elif not settled.answered:
             await egress.probe_unanswered(
                 session, name, doubt=settled.outcome.in_doubt, jitter=_jitter()
@@ -188,17 +189,19 @@ class Breaker:
             row = await egress.probe_banned(
                 session,
                 name,
+                episode,
                 self._settings.ban_backoff,
                 self._settings.ban_backoff_max,
                 _jitter(),
             )
-            log.warning(
-                "egress.banned",
-                egress=name,
-                episode=row["ban_episode"],
-                until=row["banned_until"],
-            )
-        elif await egress.resume(session, name, settled.message.ban_episode):
+            if row is not None:
+                log.warning(
+                    "egress.banned",
+                    egress=name,
+                    episode=row["ban_episode"],
+                    until=row["banned_until"],
+                )
+        elif await egress.resume(session, name, episode):
             log.info("egress.resumed", egress=name)
 
     async def _service(self, session: Session, settled: Settled) -> None:

@@ -497,7 +497,8 @@ def _address(url: str) -> URL | None:
         host = (address.raw_host or "").encode("idna")
     except ValueError:
         return None
-    return address if host and address.scheme in {"http", "https"} else None
+    usable = host and address.scheme in {"http", "https"} and ":" not in (address.user or "")
+    return address if usable else None
 
 
 _ENCODED: Final = [quote(bytes([byte]), safe="") for byte in range(256)]

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from dotenv import dotenv_values
 from pydantic import (
     AliasChoices,
     BeforeValidator,
@@ -73,6 +74,7 @@ class Settings(BaseSettings):
         frozen=True,
         hide_input_in_errors=True,
         populate_by_name=True,
+        allow_inf_nan=False,
         validate_default=False,  # a check of the region would load every numbering plan
     )
 
@@ -128,7 +130,13 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("it must be an http:// or https:// address")
-        if parts.port == 0:
+        if "\\" in parts.netloc or ":" in unquote(parts.username or ""):
+            raise ValueError("its user or host has a character that cannot be there")
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        if port == 0:
             raise ValueError("its port must be 1 to 65535")
         try:
             parts.hostname.encode("idna")
@@ -163,16 +171,23 @@ class Settings(BaseSettings):
 
 
 def unknown() -> list[str]:
-    """Names in the environment that look like a setting and are none, such as misspelt ones."""
+    """Names that look like a setting and are none, such as misspelt ones."""
     known = {f"{_PREFIX}{name}".upper() for name in Settings.model_fields}
-    return sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in known)
+    found = {name.upper() for name in (*os.environ, *dotenv_values(".env"))}
+    return sorted(name for name in found - known if name.startswith(_PREFIX))
 
 
 _PLAINLY: Final = {
     "int_parsing": "it must be a whole number",
     "int_from_float": "it must be a whole number",
     "float_parsing": "it must be a number",
+    "finite_number": "it must be a number",
+    "greater_than": "it must be more than {gt:g}",
+    "greater_than_equal": "it must be at least {ge:g}",
+    "less_than_equal": "it must be at most {le:g}",
+    "string_too_short": "it must not be empty",
 }
+"""The library's kinds of error, in our words."""
 
 
 def load(**given: Any) -> Settings:
@@ -191,8 +206,10 @@ def load(**given: Any) -> Settings:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    told = _PLAINLY.get(first["type"]) or first["msg"].removeprefix("Value error, ").rstrip(".")
+    first = error.errors(include_url=False, include_input=False)[0]
+    told = first["msg"].removeprefix("Value error, ").rstrip(".")
+    if plainly := _PLAINLY.get(first["type"]):
+        told = plainly.format(**first.get("ctx", {}))
     if not first["loc"]:
         return f"{told}."
     field = str(first["loc"][0])

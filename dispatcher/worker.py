@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -41,6 +41,13 @@ LOOK_AGAIN: Final = 0.25
 """Seconds between two tries while the database or the lease is lost."""
 
 log = structlog.stdlib.get_logger()
+
+
+class _Claimed(NamedTuple):
+    begun: int
+    """Messages that are being sent."""
+    kept_back: int
+    """Messages that were refused, or whose numbers had to be read first."""
 
 
 class Worker:
@@ -187,7 +194,7 @@ class Worker:
                 max(self._settings.probe_interval, self._request_at_most()),
             ):
                 log.info("service.probing", service_id=service)
-                await self._claim({service: 1}, probe_service=True)
+                await self._claim_probe(service, probe_service=True)
         return await self._claim_shares()
 
     def _request_at_most(self) -> float:
@@ -240,29 +247,46 @@ class Worker:
         if probe_at is None or probe_at > clock.now() or self.sender.free() <= 0:
             return False
         candidates = [w for w in await self._waiting() if w.may_send or w.probe_due]
-        if not candidates or not await egress.take_probe(
-            self._session, self._settings.egress, self._request_at_most()
-        ):
+        episode = None
+        if candidates:
+            episode = await egress.take_probe(
+                self._session, self._settings.egress, self._request_at_most()
+            )
+        if episode is None:
             self._survey_at = min(self._survey_at, clock.now() + self._settings.poll_interval)
             self._breaker.know(await egress.state(self._session, self._settings.egress))
             return False
         log.info("egress.probing", egress=self._settings.egress)
         for candidate in candidates:
-            if await self._claim(
-                {candidate.service_id: 1},
-                probe_egress=True,
-                probe_service=candidate.probe_due,
+            if await self._claim_probe(
+                candidate.service_id, probe_egress=True, probe_service=candidate.probe_due
             ):
                 break
         else:
-            await egress.return_probe(self._session, self._settings.egress)
+            await egress.return_probe(self._session, self._settings.egress, episode)
         self._breaker.know(await egress.state(self._session, self._settings.egress))
+        return False
+
+    async def _claim_probe(
+        self, service: int, *, probe_egress: bool = False, probe_service: bool = False
+    ) -> bool:
+        """Claim the one message of a probe, and begin to send it; False if there is none.
+
+        One that is refused, or whose number has to be read first, makes no request.
+        """
+        while not self._stopping:
+            self.looked_at = clock.now()
+            claimed = await self._claim(
+                {service: 1}, probe_egress=probe_egress, probe_service=probe_service
+            )
+            if claimed.begun or not claimed.kept_back:
+                return bool(claimed.begun)
         return False
 
     async def _claim(
         self, asked: dict[int, int], *, probe_egress: bool = False, probe_service: bool = False
-    ) -> int:
-        """Claim up to the places asked for and begin to send; returns how many messages."""
+    ) -> _Claimed:
+        """Claim up to the places asked for and begin to send."""
         began = clock.now()
         try:
             claim = await outbox.claim(
@@ -275,7 +299,7 @@ class Worker:
             )
         except outbox.ClaimRefused as error:
             await self._isolate(asked, error)
-            return 0
+            return _Claimed(0, 0)
         except DatabaseLost:
             self._reclaim_due = True
             raise
@@ -299,11 +323,13 @@ class Worker:
             for rows in (claim.sending, claim.refused, claim.unread)
             for row in rows
         )
+        # Their messages can be claimed now that their numbers are read.
+        again = {row["service_id"] for row in claim.unread}
         seen = set()
         for row in claim.services:
             service = row["service_id"]
             seen.add(service)
-            if got[service] >= asked[service]:
+            if got[service] >= asked[service] or service in again:
                 continue
             self._active.discard(service)
             if row["slots_short"]:
@@ -314,7 +340,7 @@ class Worker:
         if not seen:
             # The egress or the lease is closed by the database's word; ours is out of date.
             self._egress_stale = True
-        return len(claim.sending)
+        return _Claimed(len(claim.sending), len(claim.refused) + len(claim.unread))
 
     async def _isolate(self, asked: dict[int, int], error: outbox.ClaimRefused) -> None:
         """Find the service whose rows make the claim fail, and leave it alone for a while."""

@@ -75,7 +75,7 @@ def _findings() -> Iterator[Finding]:
     yield Finding(
         "settings",
         ok=True,
-        detail=f"all are right, but {', '.join(names)} is no setting" if names else "all are right",
+        detail=f"all are right, but this is none: {', '.join(names)}" if names else "all are right",
         remedy="Correct the name, or take it out of the environment." if names else None,
     )
     health: Health | None = None

@@ -31,6 +31,8 @@ def seconds(written: str) -> timedelta:
     """Read plain seconds, or a span. Raises ValueError with a plain phrase."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", written, re.ASCII):
         return timedelta(seconds=float(written))
+    if not _SPAN.fullmatch(written):
+        raise ValueError("it is no number of seconds, nor a span of time such as 50ms")
     return span(written)
 
 

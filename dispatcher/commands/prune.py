@@ -14,9 +14,6 @@ from dispatcher.db.prune import Pruned
 from dispatcher.db.prune import prune as steps
 from dispatcher.settings import load
 
-LEAST = timedelta(days=1)
-"""The least age of what is removed."""
-
 PATIENCE = 300.0
 """Seconds that one step may take."""
 
@@ -43,8 +40,6 @@ def prune(
     dispatcher prune --older-than 90d --keep-dedup 365d
     """  # noqa: D301 - the character \b itself keeps the example's lines apart
     age = _span("--older-than", older_than)
-    if age < LEAST:
-        raise Misused("--older-than must be at least 1d: reports of younger messages still come.")
     keep = None if keep_dedup is None else _span("--keep-dedup", keep_dedup)
 
     async def work(session: Session) -> Pruned:

@@ -100,31 +100,32 @@ SET banned_until = CASE WHEN e.banned_until IS NOT NULL THEN
         clock_timestamp() + greatest(e.ill_wait, make_interval(secs => $2)) END
 WHERE e.name = $1
     AND greatest(e.banned_until, e.ill_until) <= clock_timestamp()
-RETURNING e.name
+RETURNING e.ban_episode
 """
 
 
-async def take_probe(session: Session, name: str, at_least: float) -> bool:
-    """Take the probe of a closed egress; False if it is not due or another worker has it.
+async def take_probe(session: Session, name: str, at_least: float) -> int | None:
+    """Take the probe of a closed egress; None if it is not due or another worker has it.
 
     `at_least`: seconds before anybody else may probe, longer than a probe can take.
-    Raises DatabaseLost.
+    Returns the episode that it probes. Raises DatabaseLost.
     """
-    return bool(await session.fetch(_TAKE_PROBE, name, at_least))
+    rows = await session.fetch(_TAKE_PROBE, name, at_least)
+    return int(rows[0]["ban_episode"]) if rows else None
 
 
-# Put back a probe for which there was no message.
+# Put back a probe of this episode for which there was no message.
 _RETURN_PROBE = """
 UPDATE egress e
 SET banned_until = CASE WHEN e.banned_until IS NOT NULL THEN clock_timestamp() END,
     ill_until = CASE WHEN e.ill_until IS NOT NULL THEN clock_timestamp() END
-WHERE e.name = $1
+WHERE e.name = $1 AND e.ban_episode = $2
 """
 
 
-async def return_probe(session: Session, name: str) -> None:
-    """Make the probe due again that was just taken. Raises DatabaseLost."""
-    await session.fetch(_RETURN_PROBE, name)
+async def return_probe(session: Session, name: str, episode: int) -> None:
+    """Make the probe due again, unless a ban has begun since. Raises DatabaseLost."""
+    await session.fetch(_RETURN_PROBE, name, episode)
 
 
 # A probe was answered by a ban: wait twice as long. An answer is no illness.
@@ -138,16 +139,21 @@ SET ban_wait = least(
     ill_until = NULL,
     ill_wait = NULL
 WHERE e.name = $1
+    AND e.ban_episode = $5
+    AND (e.banned_until IS NOT NULL OR e.ill_until IS NOT NULL)
 RETURNING e.ban_episode, e.banned_until
 """
 
 
 async def probe_banned(
-    session: Session, name: str, first: float, most: float, jitter: float
-) -> Record:
-    """Go on waiting for a ban to end. Raises DatabaseLost."""
-    rows = await session.fetch(_PROBE_BANNED, name, first, most, jitter)
-    return rows[0]
+    session: Session, name: str, episode: int, first: float, most: float, jitter: float
+) -> Record | None:
+    """Go on waiting for a ban to end, unless another has begun since, or traffic has resumed.
+
+    Returns the episode. Raises DatabaseLost.
+    """
+    rows = await session.fetch(_PROBE_BANNED, name, first, most, jitter, episode)
+    return rows[0] if rows else None
 
 
 # A probe brought no answer: wait again, for an ill provider twice as long if it is in doubt.

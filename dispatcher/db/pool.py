@@ -68,7 +68,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     if isinstance(error, socket.gaierror):
-        return "the name of its host is not known"
+        return "its host is not known"
+    if isinstance(error, FileNotFoundError):
+        return "nothing listens there"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

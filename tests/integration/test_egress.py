@@ -94,7 +94,8 @@ async def test_probe_answered_by_a_ban(connection: Connection, worker: Peer) -> 
     await egress.ban(worker.session, NAME, 0, 10, 1)
     waits = []
     for _ in range(4):
-        told = await egress.probe_banned(worker.session, NAME, 10, 45, 1.1)
+        told = await egress.probe_banned(worker.session, NAME, 1, 10, 45, 1.1)
+        assert told is not None
         assert told["ban_episode"] == 1
         stored = await row(connection)
         assert stored["ban_wait"].total_seconds() * 1.1 - 1 < stored["ban_in"]
@@ -107,7 +108,7 @@ async def test_probe_answered_by_a_ban(connection: Connection, worker: Peer) -> 
 async def test_wait_falls_back_to_the_start(connection: Connection, worker: Peer) -> None:
     """Once traffic has resumed the next ban begins with the first wait again."""
     await egress.ban(worker.session, NAME, 0, 10, 1)
-    await egress.probe_banned(worker.session, NAME, 10, 3600, 1)
+    await egress.probe_banned(worker.session, NAME, 1, 10, 3600, 1)
 
     assert await egress.resume(worker.session, NAME, 1)
     assert not await egress.resume(worker.session, NAME, 1)
@@ -127,19 +128,35 @@ async def test_late_resume_of_an_old_episode(connection: Connection, worker: Pee
     assert (await egress.state(worker.session, NAME)).banned
 
 
+async def test_late_word_of_an_old_probe(connection: Connection, worker: Peer) -> None:
+    """A probe that ends late neither shortens a ban that began after it nor begins one anew."""
+    await egress.sicken(worker.session, NAME)
+    await egress.ban(worker.session, NAME, 0, 60, 1)
+    before = await row(connection)
+
+    await egress.return_probe(worker.session, NAME, 0)
+    assert await egress.probe_banned(worker.session, NAME, 0, 10, 10, 1) is None
+
+    assert (await row(connection))["ban_wait"] == before["ban_wait"]
+    assert ((await egress.state(worker.session, NAME)).probe_in or 0) > 59
+    await egress.resume(worker.session, NAME, 1)
+    assert await egress.probe_banned(worker.session, NAME, 1, 10, 10, 1) is None
+    assert (await egress.state(worker.session, NAME)).open
+
+
 async def test_one_probe_for_all_workers(database: str, connection: Connection) -> None:
     """Of many workers one takes the probe, and only once it is due."""
     async with peer(database) as first, peer(database) as second, peer(database) as third:
         workers = (first, second, third)
         await egress.ban(first.session, NAME, 0, 60, 1)
-        assert not any([await egress.take_probe(w.session, NAME, 5) for w in workers])
+        assert {await egress.take_probe(w.session, NAME, 5) for w in workers} == {None}
         await make_due(connection)
 
         taken = await asyncio.gather(
             *(egress.take_probe(w.session, NAME, 5) for w in workers for _ in range(10))
         )
 
-    assert taken.count(True) == 1
+    assert taken.count(1) == 1
     assert 59 < (await row(connection))["ban_in"] <= 60
 
 
@@ -148,7 +165,7 @@ async def test_probe_is_nobody_elses_while_it_lasts(connection: Connection, work
     await egress.ban(worker.session, NAME, 0, 0.001, 1)
     await make_due(connection)
 
-    assert await egress.take_probe(worker.session, NAME, 45)
+    assert await egress.take_probe(worker.session, NAME, 45) == 1
     assert 44 < (await row(connection))["ban_in"] <= 45
 
 
@@ -156,17 +173,17 @@ async def test_probe_given_back(connection: Connection, worker: Peer) -> None:
     """A probe for which there was no message is due again at once."""
     await egress.sicken(worker.session, NAME)
     await make_due(connection)
-    await egress.take_probe(worker.session, NAME, 45)
+    assert await egress.take_probe(worker.session, NAME, 45) == 0
 
-    await egress.return_probe(worker.session, NAME)
+    await egress.return_probe(worker.session, NAME, 0)
 
-    assert await egress.take_probe(worker.session, NAME, 45)
+    assert await egress.take_probe(worker.session, NAME, 45) == 0
 
 
 async def test_open_egress_has_no_probe(worker: Peer) -> None:
     """There is nothing to probe while the egress is open."""
-    assert not await egress.take_probe(worker.session, NAME, 5)
-    await egress.return_probe(worker.session, NAME)
+    assert await egress.take_probe(worker.session, NAME, 5) is None
+    await egress.return_probe(worker.session, NAME, 0)
     assert (await egress.state(worker.session, NAME)).open
 
 
@@ -215,8 +232,9 @@ async def test_ban_found_by_the_probe_of_an_illness(connection: Connection, work
     """A probe of an ill provider that is answered by a ban ends the illness and begins the ban."""
     await egress.sicken(worker.session, NAME)
 
-    told = await egress.probe_banned(worker.session, NAME, 60, 3600, 1)
+    told = await egress.probe_banned(worker.session, NAME, 0, 60, 3600, 1)
 
+    assert told is not None
     stored = await row(connection)
     assert (told["ban_episode"], stored["ban_wait"]) == (1, timedelta(seconds=60))
     assert (stored["ill_until"], stored["ill_wait"]) == (None, None)
@@ -231,7 +249,7 @@ async def test_both_at_once(connection: Connection, worker: Peer) -> None:
     assert state.probe_in is not None
     assert state.probe_in > 59
     await connection.execute("UPDATE egress SET banned_until = now()")
-    assert not await egress.take_probe(worker.session, NAME, 5)
+    assert await egress.take_probe(worker.session, NAME, 5) is None
 
     assert await egress.resume(worker.session, NAME, 1)
 

@@ -300,6 +300,8 @@ async def test_probe_of_a_service_without_an_answer(
         # The probe of a blocked service must not come again before a request can have ended.
         await connection.execute("UPDATE service SET blocked_until = NULL, blocked_reason = NULL")
         await run.event("service.blocked")
+        # What was claimed before the block was durable has come back: the next is a probe.
+        await until(connection, pending=3)
         p.set({"faults": {"drop": 1}, "services": [{"id": 42, "disabled": False}]})
         await run.event("message.unknown")
         assert await connection.fetchval("SELECT blocked_reason FROM service") == "SERVICE_DISABLED"
@@ -309,6 +311,34 @@ async def test_probe_of_a_service_without_an_answer(
         assert await run.stop() == 0
 
     assert len(run.seen("service.probing")) >= 2
+
+
+async def test_number_that_is_read_first(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """A number as people write it waits for no poll, though it is read before it is claimed."""
+    await add_service(connection)
+    async with provider() as p, running(database, p.url, tmp_path, poll_interval=600) as run:
+        await add_message(connection, msisdn="0881234567")
+        await until(connection, accepted=1)
+        assert await run.stop() == 0
+
+
+async def test_probe_of_a_service_begins_with_what_makes_no_request(
+    database: str, connection: Connection, tmp_path: Path
+) -> None:
+    """A probe passes what is refused, and waits for a number that is read first."""
+    await add_service(connection)
+    await connection.execute(
+        "UPDATE service SET blocked_until = now(), blocked_reason = 'SERVICE_DISABLED'"
+    )
+    for msisdn in ("12", "0", "0881234567"):
+        await add_message(connection, msisdn=msisdn)
+    async with provider() as p, running(database, p.url, tmp_path, probe_interval=600) as run:
+        await until(connection, accepted=1, rejected=2)
+        assert await run.stop() == 0
+
+    assert len(run.seen("service.probing")) == 1
 
 
 async def test_database_is_cut_off(database: str, connection: Connection, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_plain_seconds(written: str, meant: float) -> None:
 @pytest.mark.parametrize("written", ["-1", "nan", "inf", "1e5", "", "1_000"])
 def test_no_seconds(written: str) -> None:
     """What is neither seconds nor a span is refused."""
-    with pytest.raises(ValueError, match=r"^it is no span of time"):
+    with pytest.raises(ValueError, match=r"^it is no number of seconds"):
         seconds(written)
 
 

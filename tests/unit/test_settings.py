@@ -11,7 +11,7 @@ import pytest
 
 from dispatcher.domain.message import Status
 from dispatcher.domain.reports import WORDS
-from dispatcher.settings import Settings, SettingsError, load
+from dispatcher.settings import Settings, SettingsError, load, unknown
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,8 @@ WRONG = [
     ("DISPATCHER_PROVIDER_URL", "http://a..b/"),
     ("DISPATCHER_PROVIDER_URL", "http://a b/"),
     ("DISPATCHER_PROVIDER_URL", "http://a\\b/"),
+    ("DISPATCHER_PROVIDER_URL", "http://a:80\\@b/"),
+    ("DISPATCHER_PROVIDER_URL", "http://a%3Ab:c@d/"),
     ("DISPATCHER_CONCURRENCY", "0"),
     ("DISPATCHER_CONCURRENCY", "10001"),
     ("DISPATCHER_CONCURRENCY", "1.5"),
@@ -119,6 +121,7 @@ WRONG = [
     ("DISPATCHER_DRAIN", "-1"),
     ("DISPATCHER_DRAIN", "nan"),
     ("DISPATCHER_EGRESS", "x" * 201),
+    ("DISPATCHER_EGRESS", "  "),
     ("DISPATCHER_BAN_BACKOFF", "0"),
     ("DISPATCHER_BAN_BACKOFF", "nan"),
     ("DISPATCHER_BAN_BACKOFF_MAX", "59"),
@@ -170,6 +173,38 @@ def test_right(monkeypatch: pytest.MonkeyPatch, name: str, value: str, meant: ob
     monkeypatch.setenv(name, value)
 
     assert load().model_dump() == {**DEFAULTS, field(name): meant}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("DISPATCHER_CONCURRENCY", "many", "it must be a whole number"),
+        ("DISPATCHER_CONCURRENCY", "0", "it must be at least 1"),
+        ("DISPATCHER_HTTP_PORT", "65536", "it must be at most 65535"),
+        ("DISPATCHER_KEEPALIVE", "0", "it must be more than 0"),
+        ("DISPATCHER_LEASE", "nan", "it must be a number"),
+        ("DISPATCHER_LEASE", "1d", "it must be a number"),
+        ("DISPATCHER_PROVIDER_URL", "http://a:x/", "its port must be 1 to 65535"),
+    ],
+)
+def test_wrong_in_plain_words(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    """What is wrong with a value is told in words of ours, not of a library."""
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError, match=f"^{name} is wrong: {sentence}\\.$"):
+        load()
+
+
+def test_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names that look like a setting and are none are found, wherever they are written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("DISPATCHER_EGRES=one\nDISPATCHER_LEASE=5\nOTHER=1\n")
+    monkeypatch.setenv("dispatcher_concurency", "5")
+    monkeypatch.setenv("DISPATCHER_DRAIN", "5")
+
+    assert unknown() == ["DISPATCHER_CONCURENCY", "DISPATCHER_EGRES"]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)

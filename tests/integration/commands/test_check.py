@@ -73,7 +73,7 @@ async def test_misspelt(
 
     assert done.code == 0
     settings = done.json["checks"][0]
-    assert settings["detail"] == "all are right, but DISPATCHER_CONCURENCY is no setting"
+    assert settings["detail"] == "all are right, but this is none: DISPATCHER_CONCURENCY"
     assert settings["remedy"] == "Correct the name, or take it out of the environment."
 
 

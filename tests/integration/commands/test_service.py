@@ -116,7 +116,7 @@ async def test_none_clears(command: Command, connection: Connection) -> None:
         (["--week-limit", "-1"], "--week-limit must be a whole number, or 'none'."),
         (["--month-limit", str(2**31)], "--month-limit must be a whole number, or 'none'."),
         (["--on-unknown", "guess"], "--on-unknown must be hold or retry."),
-        (["--min-delay", "soon"], "--min-delay is wrong: it is no span of time"),
+        (["--min-delay", "soon"], "--min-delay is wrong: it is no number of seconds"),
         (["--timezone", "Nowhere"], 'PostgreSQL does not know the time zone "Nowhere".'),
         (["--pattern", "("], 'The pattern "(" is not a regular expression: '),
         (["--pattern", "***=x"], 'The pattern "***=x" starts with an unsupported option.'),
