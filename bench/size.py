@@ -37,11 +37,11 @@ class Size:
 
 
 FULL: Final = Size(
-    rounds=3,
+    rounds=5,
     messages=10_000,
     latency_messages=160,
-    latency_rounds=1,
-    idle_seconds=10,
+    latency_rounds=2,
+    idle_seconds=20,
     workers=(1, 2, 4),
     sessions=(1, 2, 4),
     pending=1_000_000,

@@ -11,9 +11,10 @@ from aiolimiter import AsyncLimiter
 from dispatcher import clock
 from dispatcher.db.pool import DatabaseLost
 
-TOLERANCE: Final = 0.001
-"""Seconds by which a slot may be missed; as much is added to each delay, so that a message that
-is late and the next one, in time at another worker, are still apart."""
+TOLERANCE: Final = 0.00075
+"""Seconds by which a slot may be missed. More is added to each delay, so that a message that is
+late and the next one, in time at another worker whose clock is read a little differently, are
+still apart."""
 
 APPROACH: Final = 0.03
 """Seconds before its slot at which a message takes a place and a connection."""

@@ -19,8 +19,9 @@ HORIZON: Final = 1.0
 LEAD: Final = 0.01
 """Seconds from a claim to the first slot it can still meet."""
 
-GUARD: Final = 0.001
-"""Seconds added to every minimum delay, for what a worker's timer may be late."""
+GUARD: Final = 0.00125
+"""Seconds added to every minimum delay, for what a worker's timer may be late and two workers'
+reckoning of the clock may differ."""
 
 
 Head: TypeAlias = tuple[str, int]

@@ -16,14 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher import clock
+from dispatcher.db.outbox import GUARD, LEAD
 from dispatcher.db.pool import DatabaseLost
 from dispatcher.pacing import APPROACH, TOLERANCE, Pacer, Slot, until
 
 ROUND = 0.0001
 """Seconds that one round of the loop takes at least."""
 
-GUARD = 0.001
-LEAD = 0.01
 DELAY = 0.05
 SERVICE = 42
 
