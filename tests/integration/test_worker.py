@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 import structlog
 
-from dispatcher import rescuer, sender
+from dispatcher import rescuer, sender, worker
 from dispatcher.app import App, DatabaseWatch
 from dispatcher.db import workers
 from dispatcher.provider import Provider, Reply
@@ -314,11 +314,15 @@ async def test_probe_of_a_service_without_an_answer(
 
 
 async def test_number_that_is_read_first(
-    database: str, connection: Connection, tmp_path: Path
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A number as people write it waits for no poll, though it is read before it is claimed."""
+    # Falling idle, a worker looks at the outbox once more.
+    monkeypatch.setattr(worker, "BUSY", 600.0)
     await add_service(connection)
     async with provider() as p, running(database, p.url, tmp_path, poll_interval=600) as run:
+        idle = "SELECT idle FROM worker"
+        await wait_for(lambda: connection.fetchval(idle), "a worker that waits for inserts")
         await add_message(connection, msisdn="0881234567")
         await until(connection, accepted=1)
         assert await run.stop() == 0
