@@ -295,6 +295,9 @@ class App:
             except (DatabaseLost, TimeoutError) as error:
                 # The lease runs out by itself, and others take what is left.
                 self._watch.of("beat")(str(error) or "no answer in time")
+            except Exception as error:
+                failed = True
+                log.error("worker.failed", exc_info=error)
             log.info("worker.stopped", worker_id=lease.worker_id)
             return 1 if failed else 0
 
