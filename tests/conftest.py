@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
@@ -42,6 +43,8 @@ setattr(aioresponses.core, "copy", SimpleNamespace(deepcopy=lambda kept: kept)) 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the server's directory, in the process that is started first."""
+    # A shell that starts the run in its background has it ignored, by all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if SERVER_DIRECTORY not in os.environ:
         directory = scratch.directory("tests")
         _directories.append(directory)
