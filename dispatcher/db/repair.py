@@ -58,8 +58,8 @@ WITH {_LOCKED},
 changed AS (
     UPDATE outbox o
     SET status = 'accepted',
-        status_at = clock_timestamp(),
-        accepted_at = clock_timestamp(),
+        status_at = statement_timestamp(),
+        accepted_at = statement_timestamp(),
         retry_at = NULL,
         error = NULL,
         worker_id = NULL
