@@ -619,7 +619,12 @@ async def held(session: Session, worker_id: int, *, rescued: bool = False) -> li
     return await session.fetch(_HELD, worker_id, rescued)
 
 
-# Mark in doubt what is held by workers that are silent past their lease.
+# Look at the clock.
+_NOW = """
+SELECT clock_timestamp()
+"""
+
+# Mark in doubt what is held by workers that are silent past their lease, unless $1 is long ago.
 _RESCUE = """
 WITH gone AS MATERIALIZED (
     -- Locked, so that a beat at the same moment either comes first or learns that it came late.
@@ -627,6 +632,8 @@ WITH gone AS MATERIALIZED (
     FROM worker w
     WHERE w.lease_until < clock_timestamp()
         AND pg_postmaster_start_time() < clock_timestamp() - w.lease
+        -- What keeps back this statement may have kept back beats as well.
+        AND clock_timestamp() < $1::timestamptz + w.lease / 2
         AND EXISTS (SELECT FROM outbox o WHERE o.status = 'sending' AND o.worker_id = w.id)
     FOR NO KEY UPDATE SKIP LOCKED
 ),
@@ -655,9 +662,11 @@ RETURNING o.id, o.service_id, o.status, o.msisdn, o.worker_id, o.attempts, o.rep
 async def rescue(session: Session) -> list[Record]:
     """Take the messages of workers that are gone; at most 1000 at a time. Raises DatabaseLost.
 
-    They keep their claim, so an answer that the worker brings after all is still recorded.
+    They keep their claim, so an answer that the worker brings after all is still recorded. A
+    statement that came so late that those who live could not beat meanwhile takes nothing.
     """
-    return await session.fetch(_RESCUE)
+    ((asked_at,),) = await session.fetch(_NOW)
+    return await session.fetch(_RESCUE, asked_at)
 
 
 # Send again what is in doubt, for services that want it so.

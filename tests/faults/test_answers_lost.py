@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from dispatcher.db import outbox
-from tests.e2e.harness import until_statuses
+from tests.e2e.harness import statuses, until_statuses, wait_for
 from tests.faults import invariant
 from tests.faults.conftest import Scene
 from tests.faults.provider import Entry, Provider, accept, refuse
+from tests.faults.proxy import Trap
 from tests.faults.texts import add_numbered
 from tests.integration.wire.raw_provider import Received
 
@@ -37,20 +38,22 @@ async def test_claim(scene: Scene, fault: str) -> None:
 @pytest.mark.parametrize("leaves", [False, True], ids=["stays", "leaves"])
 async def test_claim_that_comes_late(scene: Scene, leaves: bool) -> None:  # noqa: FBT001 - a case
     """A claim that runs long after its worker gave it up holds nothing for good."""
-    held = scene.proxy.hold(outbox._CLAIM)
-    await add_numbered(scene.connection, 30)
     running = await scene.worker(lease=1)
+    await _send_five(scene)
+    held = scene.proxy.hold(outbox._CLAIM)
+    await add_numbered(scene.connection, 30, first=6)
     await held.caught()
     if leaves:
         await running.event("database.lost")
         assert await running.stop() == 0
-        held.lift()
-        running = await scene.worker(lease=1)
     else:
-        await until_statuses(scene.connection, accepted=30)
-        await add_numbered(scene.connection, 30, first=31)
-        held.lift()
-    await until_statuses(scene.connection, accepted=30 if leaves else 60)
+        await until_statuses(scene.connection, accepted=35)
+        await add_numbered(scene.connection, 30, first=36)
+    await _run(scene, held, "claim")
+    if leaves:
+        assert await statuses(scene.connection) == {"accepted": 5, "pending": 30}
+        running = await scene.worker(lease=1)
+    await until_statuses(scene.connection, accepted=35 if leaves else 65)
 
     assert await running.stop() == 0
     await invariant.hold(scene.connection, scene.provider, *scene.workers)
@@ -65,14 +68,15 @@ async def test_record_that_comes_late(scene: Scene) -> None:
         await next(answers, accept)(provider, request, entry)
 
     scene.provider.conduct = conduct
-    held = scene.proxy.hold(outbox._RECORD)
-    await add_numbered(scene.connection, 5)
     running = await scene.worker()
-    await held.caught()
-    await until_statuses(scene.connection, accepted=5)
-    held.lift()
+    await _send_five(scene)
+    held = scene.proxy.hold(outbox._RECORD)
     await add_numbered(scene.connection, 5, first=6)
+    await held.caught()
     await until_statuses(scene.connection, accepted=10)
+    await _run(scene, held, "record")
+    await add_numbered(scene.connection, 5, first=11)
+    await until_statuses(scene.connection, accepted=15)
 
     assert await running.stop() == 0
     await invariant.hold(scene.connection, scene.provider, running)
@@ -102,3 +106,29 @@ async def test_record(scene: Scene, fault: str) -> None:
     assert trap.sprung == 1
     assert await running.stop() == 0
     await invariant.hold(scene.connection, scene.provider, running)
+
+
+async def _send_five(scene: Scene) -> None:
+    """Have all statements prepared: one that is held before ends by the server's timeout."""
+    await add_numbered(scene.connection, 5)
+    await until_statuses(scene.connection, accepted=5)
+
+
+async def _run(scene: Scene, held: Trap, part: str) -> None:
+    """Have a statement run that was kept back until its client gave it up."""
+    before = await _sessions(scene, part)
+
+    async def ended() -> bool:
+        return not before <= await _sessions(scene, part)
+
+    held.lift()
+    await wait_for(ended, "its session ends, and it has run before")
+
+
+async def _sessions(scene: Scene, part: str) -> set[int]:
+    rows = await scene.connection.fetch(
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE application_name = $1 AND datname = current_database()",
+        f"dispatcher {part}",
+    )
+    return {row["pid"] for row in rows}

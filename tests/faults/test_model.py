@@ -117,6 +117,7 @@ class World:
         self._runner = asyncio.Runner()
         self.session = Session(dsn, name="model", timeout=30)
         self.connection: Connection = self.do(asyncpg.connect(dsn))
+        self.sql("SELECT pg_sleep_until(pg_postmaster_start_time() + interval '1 s')")
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to its end."""
@@ -207,7 +208,7 @@ class Dispatcher(RuleBasedStateMachine):
     def _lease(self, worker: int, *, alive: bool) -> None:
         # So short that the server has run for longer, as a rescuer demands.
         self.sql(
-            "UPDATE worker SET lease = '1 ms', "
+            "UPDATE worker SET lease = '1 s', "
             "lease_until = clock_timestamp() + make_interval(hours => $2) WHERE id = $1",
             worker,
             1 if alive else -1,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.db import workers
+from dispatcher.db import outbox, workers
 from tests.builders import add_service
 from tests.e2e.harness import wait_for
 from tests.faults import invariant
@@ -153,6 +153,50 @@ async def test_beat_that_came_late(scene: Scene) -> None:
 
 
 @pytest.mark.faults
+async def test_rescue_that_came_late(scene: Scene) -> None:
+    """A rescue that was asked before the link froze, and comes after, buries nobody."""
+    scene.provider.gate.clear()
+    await add_numbered(scene.connection, 5)
+    frozen = [await scene.worker(lease=1, request_timeout=60) for _ in range(2)]
+    await scene.provider.came(5)
+
+    async def all_went_round() -> bool:
+        # One that is still being prepared would end by its timeout, on the server's side.
+        return await _rescuers(scene, "%gone AS MATERIALIZED%") == await _rescuers(scene)
+
+    await wait_for(all_went_round, "each has rescued once")
+    held = scene.proxy.hold(outbox._RESCUE)
+    silent = scene.proxy.hold(workers._BEAT, times=1000)
+    await held.caught()
+    rescuers = await _rescuers(scene)
+
+    async def all_silent() -> bool:
+        return bool(
+            await scene.connection.fetchval(
+                "SELECT bool_and(lease_until < clock_timestamp()) FROM worker"
+            )
+        )
+
+    async def has_run() -> bool:
+        # Its client gave it up, so its session ends with it.
+        return not rescuers <= await _rescuers(scene)
+
+    await wait_for(all_silent, "all leases run out")
+    assert rescuers <= await _rescuers(scene)
+    held.lift()
+    await wait_for(has_run, "the rescue has run")
+    assert await _none(scene, "unknown"), "it took what a worker may beat for again"
+    silent.lift()
+    scene.provider.gate.set()
+    await _all_settled(scene)
+
+    for worker in frozen:
+        assert await worker.stop() == 0
+    found = await invariant.hold(scene.connection, scene.provider, *frozen)
+    assert found["accepted"] == 5
+
+
+@pytest.mark.faults
 async def test_told_twice_to_stop(scene: Scene) -> None:
     """A second signal ends a worker at once, and what it held is found in doubt."""
     scene.provider.gate.clear()
@@ -169,6 +213,16 @@ async def test_told_twice_to_stop(scene: Scene) -> None:
     assert await heir.stop() == 0
     found = await invariant.hold(scene.connection, scene.provider, stubborn, heir)
     assert found["unknown"] == 5
+
+
+async def _rescuers(scene: Scene, last: str = "%") -> set[int]:
+    rows = await scene.connection.fetch(
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE application_name = 'dispatcher rescue' AND datname = current_database()"
+        " AND query LIKE $1",
+        last,
+    )
+    return {row["pid"] for row in rows}
 
 
 async def _none(scene: Scene, *statuses: str) -> bool:

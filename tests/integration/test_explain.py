@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -148,7 +149,7 @@ STATEMENTS: dict[str, Callable[[Session, Peer], Awaitable[object]]] = {
     "held and rescued": lambda session, worker: outbox.held(
         session, worker.worker_id, rescued=True
     ),
-    "rescue": lambda session, _: outbox.rescue(session),
+    "rescue": lambda session, _: session.fetch(outbox._RESCUE, datetime.now(UTC)),
     "retry_unknown": lambda session, _: outbox.retry_unknown(session, 60.0),
     "expire": lambda session, _: outbox.expire(session),
     "close_window": lambda session, _: quota.close_window(session, 5, 1, "day"),

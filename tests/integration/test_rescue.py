@@ -38,7 +38,7 @@ async def worker(database: str, connection: Connection) -> AsyncIterator[Peer]:
 async def die(connection: Connection, worker: Peer) -> None:
     """The lease of a worker has run out, and it was short."""
     await connection.execute(
-        "UPDATE worker SET lease = '1 ms', lease_until = clock_timestamp() WHERE id = $1",
+        "UPDATE worker SET lease = '1 s', lease_until = clock_timestamp() WHERE id = $1",
         worker.worker_id,
     )
 
@@ -85,7 +85,7 @@ async def test_rows_of_the_living_stay(connection: Connection, worker: Peer) -> 
     assert await workers.beat(worker.session, worker.worker_id) is True
 
     # That the server runs for less than a lease must not be what keeps the rescuer away.
-    await connection.execute("UPDATE worker SET lease = '1 ms'")
+    await connection.execute("UPDATE worker SET lease = '1 s'")
     assert await outbox.rescue(worker.session) == []
     left = await connection.fetchval("SELECT lease_until - clock_timestamp() FROM worker")
     assert timedelta(minutes=50) < left <= timedelta(hours=1)

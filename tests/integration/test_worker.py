@@ -478,7 +478,7 @@ async def test_others_may_beat_after_an_outage(
             clock.time += LEASE
             # Short, as the server of the tests has not run for a long one.
             await connection.execute(
-                "UPDATE worker SET lease = '1 ms', lease_until = clock_timestamp() "
+                "UPDATE worker SET lease = '1 s', lease_until = clock_timestamp() "
                 "WHERE host = 'test'"
             )
             if run is None:
