@@ -2,8 +2,13 @@
 
 The provider has no idempotency key, so a second GET is a second SMS. What counts is therefore
 not which exception came but whether the first byte may have left. It can leave in one place,
-`_Request.send`, which marks the attempt first: before the mark every failure is `NeverLeft`,
+`_Attempt._write`, which marks the attempt first: before the mark every failure is `NeverLeft`,
 after it everything short of a whole answer is `InDoubt`.
+
+aiohttp finds the connection and parses the answer. Its session, which would do both, is not used:
+it repeats a GET by itself when a connection closes under it, follows redirects, and took two
+fifths of the client's time, measured. What is done here between the two is what it does between
+them (`ClientSession._request`), for this one kind of request.
 """
 
 from __future__ import annotations
@@ -15,15 +20,15 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
 from typing import Final, Self, TypeAlias, cast
 from urllib.parse import quote
 
 import aiohttp
-from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
-from multidict import CIMultiDict
+from aiohttp.http import HttpProcessingError, RawResponseMessage
 from yarl import URL
 
 MAX_ANSWER: Final = 4096
@@ -70,6 +75,9 @@ class InDoubt:
 
 Reply: TypeAlias = Answer | NeverLeft | InDoubt
 
+_ENDLESS: Final = aiohttp.ClientTimeout()
+"""For aiohttp: the watchdog's is the only timeout."""
+
 
 class Provider:
     """Sends messages to the provider over kept connections; an async context manager.
@@ -85,7 +93,9 @@ class Provider:
         ValueError: The address is not one of HTTP.
     """
 
-    _session: aiohttp.ClientSession
+    _connector: aiohttp.TCPConnector
+    _route: aiohttp.ClientRequest
+    """Tells the connector where to; one for all messages, and never sent itself."""
 
     def __init__(self, url: str, *, timeout: float, keepalive: float, concurrency: int) -> None:
         base = _address(url)
@@ -109,23 +119,13 @@ class Provider:
         self._watchdog = _Watchdog(timeout)
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self._concurrency,
-                keepalive_timeout=self._keepalive,
-                ttl_dns_cache=60,
-                resolver=aiohttp.ThreadedResolver(),
-            ),
-            request_class=_Request,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            # The watchdog's is the only timeout.
-            timeout=aiohttp.ClientTimeout(),
-            trust_env=False,
-            auto_decompress=False,
-            read_bufsize=MAX_ANSWER,
-            max_headers=64,
+        self._connector = aiohttp.TCPConnector(
+            limit=self._concurrency,
+            keepalive_timeout=self._keepalive,
+            ttl_dns_cache=60,
+            resolver=aiohttp.ThreadedResolver(),
         )
+        self._route = aiohttp.ClientRequest("GET", self._base, loop=asyncio.get_running_loop())
         return self
 
     async def __aexit__(
@@ -135,7 +135,7 @@ class Provider:
         trace: TracebackType | None,
     ) -> None:
         self._watchdog.close()
-        await self._session.close()
+        await self._connector.close()
 
     async def send(
         self,
@@ -165,49 +165,41 @@ class Provider:
 
         Raises:
             ValueError: The number or the text cannot be written as UTF-8.
+            RuntimeError: The client is closed.
             asyncio.CancelledError: The caller cancelled, and the connection is closed; the
                 request had left if `check` had returned None.
         """
+        if self._connector.closed:
+            raise RuntimeError("the client is closed")
         number, content = _encoded(msisdn), _encoded(text)
         more = "&extended=yes" if extended else ""
         request = (
             f"{self._before}user_id={user_id:d}&service_id={service_id:d}"
             f"&msisdn={number}&text={content}{more}{self._after}\r\n"
         )
-        attempt = _Attempt(request.encode("ascii"), check, wait, self._watchdog, self._loop)
+        attempt = _Attempt(
+            request.encode("ascii"), self._connector, self._route, check, wait, self._watchdog
+        )
         try:
             with attempt:
-                response = await self._session.get(
-                    self._base, allow_redirects=False, middlewares=(attempt,)
-                )
-                try:
-                    body = await _read(response, attempt)
-                finally:
-                    if not response.closed:
-                        response.close()
+                return await attempt.exchange()
         except _WithheldError as refusal:
             return NeverLeft(str(refusal), withheld=True)
         except _WaitError as failure:
             raise failure.error from None
-        except (_SendError, aiohttp.ClientError, OSError) as error:
+        except (_SendError, aiohttp.ClientError, HttpProcessingError, OSError) as error:
             reason = _reason(error)
         except Exception as error:
             if attempt.left_at is None:
                 raise
             reason = f"unexpected {type(error).__name__}"
-        else:
-            return Answer(response.status, body, attempt.seconds())
         if attempt.left_at is None:
             return NeverLeft(reason)
         return InDoubt(reason, attempt.seconds(), attempt.received)
 
 
 class _SendError(Exception):
-    """A failure with its reason for the reply; unknown to aiohttp, which so cannot repeat."""
-
-
-class _StaleError(_SendError):
-    """The connection in hand is closed or spoilt; nothing was written to it."""
+    """A failure with its reason for the reply."""
 
 
 class _WithheldError(Exception):
@@ -215,7 +207,7 @@ class _WithheldError(Exception):
 
 
 class _WaitError(Exception):
-    """Carries what the caller's wait raised past aiohttp, which would take it for its own."""
+    """Carries what the caller's wait raised past what the connection may raise."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -223,37 +215,42 @@ class _WaitError(Exception):
 
 
 class _Attempt:
-    """One message's way through the session: middleware of its request, mark, deadline."""
+    """One message's request and answer, with the mark and the deadline."""
 
     __slots__ = (
         "_cancelling",
+        "_check",
+        "_connector",
         "_loop",
+        "_protocol",
+        "_request",
+        "_route",
         "_task",
         "_wait",
         "_watchdog",
-        "check",
         "deadline",
         "left_at",
         "overdue",
-        "protocol",
         "received",
-        "request",
     )
 
     def __init__(
         self,
         request: bytes,
+        connector: aiohttp.TCPConnector,
+        route: aiohttp.ClientRequest,
         check: Check,
         wait: Wait | None,
         watchdog: _Watchdog,
-        loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self.request = request
-        self.check = check
-        self._loop = loop
+        self._request = request
+        self._connector = connector
+        self._route = route
+        self._check = check
         self._wait = wait
         self._watchdog = watchdog
-        self.protocol: ResponseHandler | None = None
+        self._loop = route.loop
+        self._protocol: ResponseHandler | None = None
         self.left_at: float | None = None
         self.received = b""
         self.deadline = 0.0
@@ -282,28 +279,83 @@ class _Attempt:
                 "connect timeout" if self.left_at is None else "no answer in time"
             ) from None
 
-    async def __call__(
-        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-    ) -> aiohttp.ClientResponse:
-        """Send as aiohttp's innermost middleware, so that it sees no error it would repeat."""
-        cast(_Request, request).attempt = self
+    async def exchange(self) -> Answer:
+        """Send the request, and read the answer to its end."""
+        connection, head, content = await self._respond()
         try:
-            try:
-                return await handler(request)
-            except _StaleError:
-                # In this turn the loop learns of all connections that have closed meanwhile.
-                await asyncio.sleep(0)
-                return await handler(request)
-        except (aiohttp.ClientError, OSError) as error:
-            raise _SendError(_reason(error)) from None
+            body = await self._read(head, content)
+        except BaseException:
+            connection.close()
+            raise
+        connection.release()
+        return Answer(head.code, body, self.seconds())
 
-    async def due(self) -> None:
+    async def _respond(self) -> tuple[Connection, RawResponseMessage, aiohttp.StreamReader]:
+        """Send the request, and read the answer up to its body."""
+        for _ in range(2):
+            connection = await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
+            try:
+                protocol = await self._write(connection)
+                if protocol is not None:
+                    return connection, *await _head(protocol)
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
+            # In this turn the loop learns of all connections that have closed meanwhile.
+            await asyncio.sleep(0)
+        raise _SendError("connection closed before the request")
+
+    async def _write(self, connection: Connection) -> ResponseHandler | None:
+        """Write the request if it may leave; None if the connection cannot take it any more."""
+        if self._wait is not None:
+            await self._due(self._wait)
+        # From here to the write there is no await.
+        protocol = connection.protocol
+        transport = None if protocol is None else protocol.transport
+        if (
+            protocol is None
+            or transport is None
+            or not _fit(protocol, transport, ssl=self._route.is_ssl())
+        ):
+            return None
+        refusal = self._check()
+        if refusal is not None:
+            connection.release()
+            raise _WithheldError(refusal)
+        protocol.set_response_params(
+            read_until_eof=True, auto_decompress=False, read_bufsize=MAX_ANSWER, max_headers=64
+        )
+        self._protocol = protocol
+        self.left_at = time.monotonic()
+        transport.write(self._request)
+        return protocol
+
+    async def _read(self, head: RawResponseMessage, content: aiohttp.StreamReader) -> bytes:
+        """Read the body to its end, as it came.
+
+        A body without a length ends with the connection. One that was cut short there cannot be
+        told from a whole one, and such servers exist, so it is taken for whole if the connection
+        was closed in order; after a reset it is not, though aiohttp reports the end alike.
+        """
+        while not content.at_eof():
+            self.received += await content.read(MAX_ANSWER + 1 - len(self.received))
+            if len(self.received) > MAX_ANSWER:
+                raise _SendError("answer too long")
+        if (
+            "Content-Length" not in head.headers
+            and "Transfer-Encoding" not in head.headers
+            and self._protocol is not None
+            and isinstance(self._protocol.exception(), OSError)
+        ):
+            raise _SendError("answer cut short")
+        return self.received
+
+    async def _due(self, wait: Wait) -> None:
         """Wait until the message is due; the deadline stands still meanwhile."""
-        if self._wait is None:
-            return
         left = self._watchdog.pause(self, self._loop)
         try:
-            await self._wait()
+            await wait()
         except (aiohttp.ClientError, OSError) as error:
             raise _WaitError(error) from None
         self._watchdog.resume(self, left, self._loop)
@@ -317,80 +369,12 @@ class _Attempt:
         return 0.0 if self.left_at is None else time.monotonic() - self.left_at
 
 
-class _Request(aiohttp.ClientRequest):
-    """A GET that is written once per attempt, and only if the attempt may still leave.
-
-    aiohttp finds the connection and reads the answer. The bytes between are the attempt's own:
-    made and written by aiohttp they took a tenth of the client's time, measured.
-    """
-
-    attempt: _Attempt
-    headers: CIMultiDict[str] = CIMultiDict()
-
-    def update_headers(self, headers: object) -> None:
-        """Nothing: the attempt brings its own."""
-
-    def update_auto_headers(self, skip_auto_headers: object) -> None:
-        """Nothing: the attempt brings its own."""
-
-    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        attempt = self.attempt
-        if attempt.left_at is not None:
-            raise _SendError("repeat refused")
-        await attempt.due()
-        # From here to the write there is no await.
-        protocol = conn.protocol
-        transport = None if protocol is None else protocol.transport
-        if (
-            protocol is None
-            or transport is None
-            or not _fit(protocol, transport, ssl=self.is_ssl())
-        ):
-            raise _StaleError("connection closed before the request")
-        refusal = attempt.check()
-        if refusal is not None:
-            conn.release()
-            raise _WithheldError(refusal)
-        attempt.protocol = protocol
-        attempt.left_at = time.monotonic()
-        transport.write(attempt.request)
-        return self.response_class(
-            self.method,
-            self.url,
-            writer=None,
-            continue100=None,
-            timer=self._timer,
-            request_info=self.request_info,
-            traces=[],
-            loop=self.loop,
-            session=self._session,
-            stream_writer=_WRITTEN,
-        )
-
-
-class _Written(AbstractStreamWriter):
-    """What aiohttp asks for how much was written, which nobody wants to know."""
-
-    async def write(self, chunk: object) -> None:
-        """Nothing is left to write."""
-
-    async def write_eof(self, chunk: bytes = b"") -> None:
-        """Nothing is left to write."""
-
-    async def drain(self) -> None:
-        """Nothing is left to write."""
-
-    def enable_compression(self, encoding: str = "deflate", strategy: int | None = None) -> None:
-        """There is no body."""
-
-    def enable_chunking(self) -> None:
-        """There is no body."""
-
-    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
-        """They are written."""
-
-
-_WRITTEN: Final = _Written()
+async def _head(protocol: ResponseHandler) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
+    """Read the answer's first line and headers, past those that only announce it."""
+    while True:
+        message, content = await protocol.read()
+        if not 100 <= message.code < 200 or message.code == HTTPStatus.SWITCHING_PROTOCOLS:
+            return message, content
 
 
 class _Watchdog:
@@ -466,29 +450,6 @@ else:
         return bool(poll.poll(0))
 
 
-async def _read(response: aiohttp.ClientResponse, attempt: _Attempt) -> bytes:
-    """Read the body to its end, as it came.
-
-    A body without a length ends with the connection. One that was cut short there cannot be told
-    from a whole one, and such servers exist, so it is taken for whole if the connection was
-    closed in order; after a reset it is not, though aiohttp reports the end alike.
-    """
-    content = response.content
-    while not content.at_eof():
-        attempt.received += await content.read(MAX_ANSWER + 1 - len(attempt.received))
-        if len(attempt.received) > MAX_ANSWER:
-            raise _SendError("answer too long")
-    headers = response.headers
-    if (
-        "Content-Length" not in headers
-        and "Transfer-Encoding" not in headers
-        and attempt.protocol is not None
-        and isinstance(attempt.protocol.exception(), OSError)
-    ):
-        raise _SendError("answer cut short")
-    return attempt.received
-
-
 def _address(url: str) -> URL | None:
     """The provider's address without a fragment, or None if none can be reached by it."""
     try:
@@ -538,7 +499,7 @@ def _reason(error: BaseException) -> str:
             return "connection closed without an answer"
         case aiohttp.ClientPayloadError():
             return "answer cut short"
-        case aiohttp.ClientResponseError():
+        case HttpProcessingError():
             return "answer is not HTTP"
         case OSError():
             return _REASONS.get(error.errno or 0, "connection failed")

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -37,8 +36,6 @@ class _MockedResponse(ClientResponse):
 
 
 setattr(aioresponses.core, "ClientResponse", _MockedResponse)  # noqa: B010 - mypy: cannot assign to a type
-# It copies what a request was made with, deeply; half a copy of an event loop does harm.
-setattr(aioresponses.core, "copy", SimpleNamespace(deepcopy=lambda kept: kept))  # noqa: B010 - as above
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable
 
 import aiohttp
 import pytest
@@ -206,32 +205,6 @@ async def test_a_timeout_leaves_the_callers_task_uncancelled(raw: RawProvider) -
     assert task.cancelling() == 0
 
 
-async def test_a_repeat_by_the_library_is_refused(
-    raw: RawProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even where aiohttp does repeat a request, the second one is not written."""
-
-    async def unguarded(
-        attempt: module._Attempt,
-        request: module._Request,
-        handler: Callable[[module._Request], Awaitable[aiohttp.ClientResponse]],
-    ) -> aiohttp.ClientResponse:
-        request.attempt = attempt
-        return await handler(request)
-
-    async def hang_up(request: Received) -> None:
-        request.line.hang_up()
-
-    monkeypatch.setattr(module._Attempt, "__call__", unguarded)
-    raw.script = hang_up
-    async with client(raw.url) as provider:
-        reply = await send(provider)
-    assert isinstance(reply, InDoubt)
-    assert reply.reason == "repeat refused"
-    assert len(raw.requests) == 1
-    assert len(raw.lines) == 2, "aiohttp repeats"
-
-
 async def test_any_error_after_the_write_is_in_doubt(
     raw: RawProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +213,7 @@ async def test_any_error_after_the_write_is_in_doubt(
     async def broken(*_: object) -> bytes:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(module, "_read", broken)
+    monkeypatch.setattr(module._Attempt, "_read", broken)
     async with client(raw.url) as provider:
         reply = await send(provider)
     assert isinstance(reply, InDoubt)
