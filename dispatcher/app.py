@@ -218,7 +218,7 @@ class App:
             records = await stack.enter_async_context(self._session("record"))
             rescues = await stack.enter_async_context(self._session("rescue"))
             beats = await stack.enter_async_context(self._session("beat"))
-            prunes = await stack.enter_async_context(self._session("prune"))
+            upkeep = await stack.enter_async_context(self._session("upkeep"))
             slots = await stack.enter_async_context(self._session("pace"))
             provider = await stack.enter_async_context(
                 Provider(
@@ -275,10 +275,8 @@ class App:
                 "watchdog": self._watchdog(worker),
                 "listen": self._listen(worker, breaker),
                 "rescue": rescuer.run(),
-                "prune": self._prune(prunes),
-                "heartbeat": heartbeat.beat(
-                    rescues, settings.egress, recorder.recorded, self._watch.of("rescue")
-                ),
+                "prune": self._prune(upkeep),
+                "heartbeat": heartbeat.beat(upkeep, settings.egress, recorder.recorded),
                 "server": server.run(),
             }
             failed = True
@@ -287,7 +285,8 @@ class App:
             except* Exception as errors:
                 for error in errors.exceptions:
                     log.error("worker.failed", exc_info=error)
-            self._spool()
+            finally:
+                self._spool()
             try:
                 async with asyncio.timeout(WRITE_BACK):
                     await worker.release_lost_claims()
@@ -350,11 +349,14 @@ class App:
                     working = group.create_task(worker.run(sends, recorder))
                     recording = group.create_task(recorder.run())
                     await self._stop.wait()
+                    ends = clock.now() + self._settings.drain
                     log.info("worker.stopping", in_flight=worker.sender.in_flight)
                     supervisor.tell("STOPPING=1")
                     worker.stop()
-                    await working
-                    await self._drain(worker, recorder, recording)
+                    # A claim may wait for a database that is away; its rows are found again.
+                    await asyncio.wait([working], timeout=self._settings.drain)
+                    working.cancel()
+                    await self._drain(worker, recorder, recording, ends)
                     for task in (*tasks, recording):
                         task.cancel()
             except* Exception as errors:
@@ -365,17 +367,17 @@ class App:
                 self._stop.set()
                 worker.stop()
                 recording = sends.create_task(_as_far_as_it_goes(recorder))
-                await self._drain(worker, recorder, recording)
+                ends = clock.now() + self._settings.drain
+                await self._drain(worker, recorder, recording, ends)
                 recording.cancel()
             for message in list(worker.sender.tasks):
                 message.cancel()
         return failed
 
     async def _drain(
-        self, worker: Worker, recorder: Recorder, recording: asyncio.Task[None]
+        self, worker: Worker, recorder: Recorder, recording: asyncio.Task[None], ends: float
     ) -> None:
-        """Wait for what is in flight and for its results to be written, within the drain time."""
-        ends = clock.now() + self._settings.drain
+        """Wait until `ends` for what is in flight, and for its results to be written."""
         while worker.sender.tasks and (left := ends - clock.now()) > 0:
             await asyncio.wait(worker.sender.tasks, timeout=left)
         for settled in worker.sender.abandon():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import structlog
 
-from dispatcher import clock
+from dispatcher import clock, logs
 from dispatcher.db import gauges
 from dispatcher.db.pool import DatabaseLost, Session
 from dispatcher.domain.message import Status
@@ -21,12 +21,7 @@ INTERVAL: Final = 30.0
 log = structlog.stdlib.get_logger()
 
 
-async def beat(
-    session: Session,
-    egress: str,
-    recorded: Mapping[Status, int],
-    database: Callable[[str | None], None],
-) -> None:
+async def beat(session: Session, egress: str, recorded: Mapping[Status, int]) -> None:
     """Log a heartbeat every 30 seconds until cancelled.
 
     `recorded` counts this worker's outcomes since its start, by status.
@@ -37,9 +32,9 @@ async def beat(
         await asyncio.sleep(INTERVAL)
         try:
             samples = await gauges.read(session)
-            database(None)
-        except DatabaseLost as error:
-            database(str(error))
+        except DatabaseLost:
+            # Told in the line itself. Of an outage others learn, and these counts may take longer
+            # than a statement may: that alone is none.
             samples = []
         now = clock.now()
         fresh = Counter(recorded)
@@ -50,6 +45,7 @@ async def beat(
             database=bool(samples),
             recorded={status.value: count for status, count in sorted(fresh.items())},
             rate=round(fresh[Status.ACCEPTED] / seconds, 2),
+            lines_lost=logs.lines.lost,
             **_told(samples, egress),
         )
 

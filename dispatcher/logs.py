@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import orjson
 import structlog
@@ -41,6 +41,31 @@ def _render(logger: WrappedLogger, name: str, event: EventDict) -> bytes:
     return orjson.dumps(event, default=str)
 
 
+class _Lines:
+    """Writes lines to standard output, each by itself.
+
+    A reader that has gone or a disk that is full must not stop the work: such lines are lost.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0
+        """Lines that could not be written since the start."""
+
+    def info(self, line: str | bytes) -> None:
+        left = (line if isinstance(line, bytes) else line.encode("utf-8", "replace")) + b"\n"
+        try:
+            while left:
+                left = left[os.write(sys.stdout.fileno(), left) :]
+        except OSError:
+            self.lost += 1
+
+    debug = warning = error = info
+
+
+lines: Final = _Lines()
+"""Where all lines go."""
+
+
 def _first_line(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
     """Name the kind and place of an exception; its text could hold a number or a message."""
     error = event.pop("exc_info", None)
@@ -65,17 +90,14 @@ def configure(form: Literal["json", "console"], level: str) -> None:
     """Set logging up for this process; libraries' own loggers stay silent below warnings."""
     logging.basicConfig(handlers=[logging.NullHandler()], level=logging.WARNING, force=True)
     shared: list[Processor] = [structlog.processors.add_log_level, _Timestamp(), _first_line]
-    factory: Callable[..., Any]
     if form == "json":
         shared.append(_render)
-        factory = structlog.BytesLoggerFactory(sys.stdout.buffer)
     else:
         shared.append(structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()))
-        factory = structlog.PrintLoggerFactory(sys.stdout)
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         context_class=dict,
-        logger_factory=factory,
+        logger_factory=lambda *_: lines,
         cache_logger_on_first_use=True,
     )

@@ -17,6 +17,7 @@ from dispatcher import clock
 from dispatcher.breaker import Breaker, Settled
 from dispatcher.db import outbox
 from dispatcher.db.pool import DatabaseLost, Session
+from dispatcher.domain import outcomes
 from dispatcher.domain.message import Status
 from dispatcher.domain.msisdn import masked
 from dispatcher.metrics import NOT_SENT, Metrics
@@ -166,7 +167,7 @@ class Recorder:
                     "message.superseded",
                     id=settled.message.id,
                     service_id=settled.message.service_id,
-                    reply=settled.outcome.reply,
+                    reply=outcomes.tellable(settled.outcome.reply, settled.message.text),
                     status=settled.outcome.status,
                 )
 
@@ -193,7 +194,7 @@ class Recorder:
             id=message.id,
             service_id=message.service_id,
             msisdn=masked(message.msisdn),
-            reply=outcome.reply,
+            reply=outcomes.tellable(outcome.reply, message.text),
             provider_id=outcome.provider_id,
             attempt=message.attempt,
             latency_ms=round(settled.seconds * 1000, 1),

@@ -12,8 +12,11 @@ import structlog
 from dispatcher import clock
 from dispatcher.db import outbox, workers
 from dispatcher.db.pool import DatabaseLost, Record, Session
+from dispatcher.domain.message import Status
 from dispatcher.domain.msisdn import masked
+from dispatcher.domain.outcomes import tellable
 from dispatcher.metrics import NOT_SENT, Metrics
+from dispatcher.recorder import EVENTS
 from dispatcher.settings import Settings
 
 ROUND: Final = 2.0
@@ -58,7 +61,7 @@ class Rescuer:
 
     async def _round(self) -> None:
         for row in await outbox.expire(self._session):
-            self._tell("message.expired", row)
+            self._tell(EVENTS[Status(row["status"])], row)
         # Before the rescue: should the database be back, the first to notice must wait too.
         self._database(None)
         now = clock.now()
@@ -93,7 +96,7 @@ class Rescuer:
             id=row["id"],
             service_id=row["service_id"],
             msisdn=masked(row["msisdn"]),
-            reply=row["reply"],
+            reply=tellable(row["reply"], row["text"]),
             provider_id=None,
             attempt=row["attempts"],
             latency_ms=None,

@@ -222,13 +222,13 @@ picked AS MATERIALIZED (
             ) next_lane
         )
         SELECT
-            first.id, first.msisdn, first.text, first.expires_at, first.number,
+            first.id, first.msisdn, first.text, first.expires_at, first.doubts, first.number,
             row_number() OVER () AS turn
         FROM lane
         LEFT JOIN head h ON h.service_id = a.service_id AND h.priority = lane.priority
         CROSS JOIN LATERAL (
             SELECT
-                o.id, o.msisdn, o.text, o.expires_at,
+                o.id, o.msisdn, o.text, o.expires_at, o.doubts,
                 coalesce(o.recipient, substring(o.msisdn FROM '^[1-9][0-9]{9,14}$')) AS number
             FROM outbox o
             WHERE o.status = 'pending'
@@ -250,11 +250,14 @@ judged AS MATERIALIZED (
     SELECT
         p.*,
         CASE
+            WHEN p.expires_at <= p.now AND p.doubts > 0 THEN 'unknown'
             WHEN p.expires_at <= p.now THEN 'expired'
             WHEN refusal.error IS NOT NULL THEN 'rejected'
             WHEN p.number IS NOT NULL THEN 'sending'
         END AS verdict,
         CASE
+            WHEN p.expires_at <= p.now AND p.doubts > 0
+            THEN 'It may have been sent; its expires_at passed before it could go again.'
             WHEN p.expires_at <= p.now THEN 'Its expires_at passed before it could be sent.'
             ELSE refusal.error
         END AS error
@@ -492,6 +495,9 @@ WITH result AS MATERIALIZED (
 recorded AS (
     UPDATE outbox o
     SET status = CASE
+            -- A doubt that comes late tells nothing new.
+            WHEN r.status = 'unknown' AND o.status <> 'sending' THEN o.status
+            WHEN r.status = 'expired' AND o.doubts > 0 THEN 'unknown'
             WHEN r.status <> 'pending' THEN r.status
             WHEN o.cancel THEN 'cancelled'
             WHEN o.status IN ('cancelled', 'expired') THEN o.status
@@ -655,7 +661,8 @@ SET status = 'unknown',
     retry_at = NULL,
     error = 'The worker that held it is gone. It may have been sent; see ''dispatcher resolve''.'
 WHERE o.id = ANY (ARRAY(SELECT s.id FROM stranded s))
-RETURNING o.id, o.service_id, o.status, o.msisdn, o.worker_id, o.attempts, o.reply, o.error
+RETURNING
+    o.id, o.service_id, o.status, o.msisdn, o.text, o.worker_id, o.attempts, o.reply, o.error
 """
 
 
@@ -679,6 +686,7 @@ WITH again AS MATERIALIZED (
         AND o.status_at <= statement_timestamp() - make_interval(secs => $1)
         AND o.doubts < $2
         AND NOT o.cancel
+        AND (o.expires_at IS NULL OR o.expires_at > statement_timestamp())
     LIMIT 1000
     FOR NO KEY UPDATE OF o SKIP LOCKED
 )
@@ -688,7 +696,7 @@ SET status = 'pending',
     doubts = o.doubts + 1,
     retry_at = NULL
 WHERE o.id = ANY (ARRAY(SELECT a.id FROM again a))
-RETURNING o.id, o.service_id, o.status, o.msisdn, o.attempts, o.reply, o.error
+RETURNING o.id, o.service_id, o.status, o.msisdn, o.text, o.attempts, o.reply, o.error
 """
 
 RETRIES_OF_UNKNOWN: Final = 3
@@ -703,7 +711,8 @@ async def retry_unknown(session: Session, after: float) -> list[Record]:
     return await session.fetch(_RETRY_UNKNOWN, after, RETRIES_OF_UNKNOWN)
 
 
-# End what ran out while it waited, also in services that are paused or blocked.
+# End what ran out while it waited, also in services that are paused or blocked. What was in doubt
+# before is so again.
 _EXPIRE = """
 WITH late AS MATERIALIZED (
     SELECT o.id
@@ -714,11 +723,15 @@ WITH late AS MATERIALIZED (
     FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE outbox o
-SET status = 'expired',
+SET status = CASE WHEN o.doubts > 0 THEN 'unknown' ELSE 'expired' END,
     status_at = clock_timestamp(),
-    error = 'Its expires_at passed before it could be sent.'
+    error = CASE
+        WHEN o.doubts > 0
+        THEN 'It may have been sent; its expires_at passed before it could go again.'
+        ELSE 'Its expires_at passed before it could be sent.'
+    END
 WHERE o.id = ANY (ARRAY(SELECT l.id FROM late l))
-RETURNING o.id, o.service_id, o.status, o.msisdn, o.attempts, o.reply, o.error
+RETURNING o.id, o.service_id, o.status, o.msisdn, o.text, o.attempts, o.reply, o.error
 """
 
 

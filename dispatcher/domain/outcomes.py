@@ -153,6 +153,19 @@ EXPIRED: Final = Outcome(
 )
 
 
+_WORD: Final = re.compile(r"[A-Za-z_]{1,40}:?")
+
+
+def tellable(reply: str | None, text: str) -> str | None:
+    """An answer as a log may tell it: one of the table's, or a word that `text` does not have.
+
+    Anything else, as the page of a proxy, could hold the number or the text.
+    """
+    if reply is None or reply in ANSWERS or _ACCEPTED_WITH_ID.fullmatch(reply):
+        return reply
+    return reply if _WORD.fullmatch(reply) and reply.rstrip(":") not in text else None
+
+
 def printable(body: bytes) -> str:
     """The answer as kept with the message: cut, and with a mark for what cannot be shown."""
     text = body[: 4 * REPLY_LIMIT].decode("utf-8", "replace").strip()

@@ -334,7 +334,7 @@ class Dispatcher(RuleBasedStateMachine):
         for row in claim.refused:
             sms = self.messages[row["id"]]
             assert self._late(sms)
-            sms.status = "expired"
+            sms.status = "unknown" if sms.doubts else "expired"
         numbers = {(r["id"], r["msisdn"]): normalise(r["msisdn"], "BG") for r in claim.unread}
         self.do(outbox.read_numbers(self.session, numbers))
         for message_id, written in numbers:
@@ -491,6 +491,7 @@ class Dispatcher(RuleBasedStateMachine):
             and sms.status == "unknown"
             and sms.doubts < 3
             and not sms.cancel
+            and not self._late(sms)
         }
         assert {row["id"] for row in self.do(outbox.retry_unknown(self.session, 0.0))} == again
         for message_id in again:
@@ -504,7 +505,8 @@ class Dispatcher(RuleBasedStateMachine):
         late = {s.id for s in self.messages.values() if s.status == "pending" and self._late(s)}
         assert {row["id"] for row in self.do(outbox.expire(self.session))} == late
         for message_id in late:
-            self.messages[message_id].status = "expired"
+            sms = self.messages[message_id]
+            sms.status = "unknown" if sms.doubts else "expired"
 
     @event(
         2,
@@ -637,7 +639,11 @@ class Dispatcher(RuleBasedStateMachine):
 
     def _recorded(self, sms: Sms, result: outbox.Result) -> None:
         outcome, was = result.outcome, sms.status
-        if outcome.status is not Status.PENDING:
+        if outcome.status is Status.UNKNOWN and was != "sending":
+            sms.status = was
+        elif outcome.status is Status.EXPIRED and sms.doubts:
+            sms.status = "unknown"
+        elif outcome.status is not Status.PENDING:
             sms.status = outcome.status.value
         elif sms.cancel:
             sms.status = "cancelled"

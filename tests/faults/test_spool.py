@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 from signal import SIGTERM
 
@@ -56,16 +57,22 @@ async def test_taken_up(scene: Scene, signals: int) -> None:
 
 @pytest.mark.faults
 async def test_frozen_link(scene: Scene) -> None:
-    """A worker told to stop while nothing passes to the database spools, and ends."""
+    """A worker told to stop while nothing passes to the database spools when its time is over."""
     scene.provider.gate.clear()
     await add_numbered(scene.connection, 10)
-    stopped = await scene.worker(concurrency=10, drain=2)
+    # With so long a lease a statement is waited for 10 seconds: a claim, and then the record.
+    stopped = await scene.worker(concurrency=10, drain=2, lease=60)
     await scene.provider.came(10)
     scene.proxy.freeze()
     scene.provider.gate.set()
     await scene.provider.all_closed()
     assert await stopped.stop() == 0
     assert len(_spooled(stopped).read_text().splitlines()) == 10
+    told, spooled = [
+        datetime.fromisoformat((await stopped.event(name))["timestamp"])
+        for name in ("worker.stopping", "spool.written")
+    ]
+    assert spooled - told < timedelta(seconds=8), "it waited for a statement"
     scene.proxy.thaw()
     heir = await scene.worker(data_dir=stopped.folder)
     await until_statuses(scene.connection, accepted=10)

@@ -260,3 +260,39 @@ async def test_only_the_service_that_says_so(connection: Connection, worker: Pee
     await in_doubt(connection, worker)
 
     assert await outbox.retry_unknown(worker.session, 0) == []
+
+
+async def test_doubt_that_expires(connection: Connection, worker: Peer) -> None:
+    """What was in doubt and ran out before it went again is in doubt again, and stays so."""
+    await connection.execute("UPDATE service SET on_unknown = 'retry'")
+    late = await in_doubt(connection, worker)
+    claimed = await in_doubt(connection, worker)
+    runs_out = "UPDATE outbox SET expires_at = now() - interval '1 s' WHERE id = $1"
+    assert len(await outbox.retry_unknown(worker.session, 0)) == 2
+    await connection.execute(runs_out, late)
+    expired = await outbox.expire(worker.session)
+    await connection.execute(runs_out, claimed)
+    refused = (await worker.claim()).refused
+
+    assert [(row["id"], row["status"]) for row in expired] == [(late, "unknown")]
+    assert [(row["id"], row["status"]) for row in refused] == [(claimed, "unknown")]
+    assert await outbox.retry_unknown(worker.session, 0) == []
+    row = await message(connection, late)
+    assert row["error"].startswith("It may have been sent;")
+    assert row["error"] == (await message(connection, claimed))["error"]
+    assert await used(connection) == (2, 2, 2)
+
+
+async def test_late_doubt_changes_nothing(connection: Connection, worker: Peer) -> None:
+    """A doubt that comes after the message was given back undoes neither that nor a cancel."""
+    await connection.execute("UPDATE service SET on_unknown = 'retry'")
+    waits, cancelled = [await add_message(connection) for _ in range(2)]
+    rows = (await worker.claim()).sending
+    await connection.execute("UPDATE outbox SET status = 'unknown', attempts = 1")
+    assert len(await outbox.retry_unknown(worker.session, 0)) == 2
+    await connection.execute("UPDATE outbox SET status = 'cancelled' WHERE id = $1", cancelled)
+
+    await worker.record(rows, doubt("No answer came (reset)."))
+
+    assert (await message(connection, waits))["status"] == "pending"
+    assert (await message(connection, cancelled))["status"] == "cancelled"

@@ -12,6 +12,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -50,6 +52,22 @@ from dispatcher import logs
 logs.configure("json", "debug")
 logging.getLogger("asyncio").error("Task exception: secret 359881234567")
 logging.getLogger("aiohttp").warning("secret")
+"""
+
+
+UNHEARD = """
+import os, structlog, sys
+from dispatcher import logs
+logs.configure({form!r}, "info")
+log = structlog.get_logger()
+stdout = os.dup(1)
+read, write = os.pipe()
+os.close(read)
+for broken in (write, os.open("/dev/full", os.O_WRONLY)):
+    os.dup2(broken, 1)
+    log.error("told.unheard")
+os.dup2(stdout, 1)
+log.info("told.again", lost=logs.lines.lost)
 """
 
 
@@ -141,3 +159,14 @@ def test_console_on_a_terminal() -> None:
 
     assert "told.error" in out
     assert "\x1b[" in out
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_nobody_listens(form: str) -> None:
+    """A line that cannot be written raises nothing and is counted, and the next may be told."""
+    out, errors = output(UNHEARD.format(form=form))
+
+    assert errors == ""
+    (line,) = out.splitlines()
+    assert "told.again" in line
+    assert re.search(r"lost\W+2\b", line)

@@ -17,6 +17,7 @@ from dispatcher.domain.outcomes import (
     never_left,
     printable,
     refused,
+    tellable,
 )
 
 # What the provider's documentation lists, written down here anew: the status that the message
@@ -201,3 +202,25 @@ def test_what_did_not_leave_is_free(outcome: Outcome, status: Status) -> None:
     assert outcome.status is status
     assert (outcome.counts_attempt, outcome.costs_quota) == (False, False)
     assert (outcome.reply, outcome.provider_id, outcome.signal) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (None, True),
+        ("LIMIT_DAY", True),
+        ("MSG_OK:359881234567", True),
+        ("MSG_OKAY", True),
+        ("MSG_OK:", True),
+        ("Готово", False),
+        ("359881234567", False),
+        ("MSG_OK:Your code", False),
+        ("<h1>Not found: /send.php?msisdn=359881234567&text=Your%20code</h1>", False),
+        ("code", False),
+        ("code:", False),
+        ("", False),
+    ],
+)
+def test_what_a_log_may_tell(reply: str | None, told: bool) -> None:  # noqa: FBT001 - a case
+    """A provider's page could hold the number or the text, so only its words are told."""
+    assert tellable(reply, "Your code is 4711") == (reply if told else None)
