@@ -46,9 +46,6 @@ GRANT SELECT (id, service_id, dedup_key, batch, status) ON outbox TO dispatcher_
 
 GRANT UPDATE (status) ON outbox TO dispatcher_producer;
 
--- The trigger that wakes workers looks whether one sleeps, with the rights of who inserts.
-GRANT SELECT (idle, lease_until) ON worker TO dispatcher_producer;
-
 -- Who may write the status and nothing else may only cancel what waits. The worker always writes
 -- more than the status, so its updates are past this by one comparison.
 CREATE OR REPLACE FUNCTION dispatcher_only_cancel() RETURNS trigger

@@ -393,6 +393,38 @@ async def test_insert_wakes_an_idle_worker(
     assert told == ["outbox", "end"]
 
 
+async def test_insert_of_another_search_path(
+    database: str, connection: Connection, heard: asyncio.Queue[str]
+) -> None:
+    """Who may only insert, and has tables of the same names first in its path, wakes as well."""
+    await add_service(connection)
+    role = f"shop_{database.partition('?')[0].rpartition('/')[2]}"
+    await connection.execute(
+        f"""
+        CREATE ROLE {role};
+        GRANT INSERT ON public.outbox, public.service TO {role};
+        CREATE SCHEMA shop AUTHORIZATION {role};
+        SET ROLE {role};
+        SET search_path = shop;
+        CREATE TABLE worker (id bigint);
+        """
+    )
+    try:
+        async with peer(database) as worker:
+            await workers.set_idle(worker.session, worker.worker_id, idle=True)
+            await connection.execute(
+                "INSERT INTO public.service (service_id, user_id, patterns) VALUES (43, 7, '{a+}')"
+            )
+            await connection.execute(
+                "INSERT INTO public.outbox (service_id, msisdn, text) "
+                "VALUES (42, '359881234567', 'x')"
+            )
+            async with asyncio.timeout(10):
+                assert await heard.get() == "outbox"
+    finally:
+        await connection.execute(f"RESET ROLE; DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 # ------------------------------------------------------------------ how it comes about
 
 
