@@ -217,6 +217,8 @@ class Worker:
             if now < self._linger_until:
                 return False
         self._linger_until = None
+        # A service that brings fewer than asked is taken to have no more.
+        free = min(free, outbox.AT_MOST)
         asked = share(free, {s: self.sender.held_by_service[s] for s in sorted(self._active)})
         await self._claim(asked)
         return unreachable is None and bool(self._active)

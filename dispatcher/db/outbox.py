@@ -13,6 +13,9 @@ from dispatcher.db.pool import Record, Session
 from dispatcher.domain.message import Status
 from dispatcher.domain.outcomes import Outcome
 
+AT_MOST: Final = 1000
+"""Messages that one claim brings."""
+
 HORIZON: Final = 1.0
 """Seconds ahead for which slots of a service with a pace are reserved."""
 
@@ -125,7 +128,7 @@ async def waiting(session: Session, egress: str) -> list[Waiting]:
 # $6 horizon, $7 lead and $8 guard in seconds; $9 services, $10 priorities, $11 and $12 the first
 # message of the two, when it is due and which it is: while another session holds an old snapshot
 # the entries of what was claimed stay in the index, and a claim would pass all of them.
-_CLAIM = r"""
+_CLAIM: Final = rf"""
 WITH moment AS MATERIALIZED (
     SELECT clock_timestamp() AS now, e.name AS egress, e.ban_episode
     FROM worker w
@@ -229,7 +232,7 @@ picked AS MATERIALIZED (
         CROSS JOIN LATERAL (
             SELECT
                 o.id, o.msisdn, o.text, o.expires_at, o.doubts,
-                coalesce(o.recipient, substring(o.msisdn FROM '^[1-9][0-9]{9,14}$')) AS number
+                coalesce(o.recipient, substring(o.msisdn FROM '^[1-9][0-9]{{9,14}}$')) AS number
             FROM outbox o
             WHERE o.status = 'pending'
                 AND o.service_id = a.service_id
@@ -244,7 +247,7 @@ picked AS MATERIALIZED (
         LIMIT a.places_allowed
     ) o
     -- A bound that the planner can see, or it takes a tenth of the table for picked.
-    LIMIT 1000
+    LIMIT {AT_MOST}
 ),
 judged AS MATERIALIZED (
     SELECT
@@ -353,7 +356,7 @@ FROM allowed a
 JOIN pace p USING (service_id)
 LEFT JOIN taken t USING (service_id)
 ORDER BY kind, service_id, place
-"""
+"""  # noqa: S608 - of a constant only
 
 
 @dataclass(slots=True)
@@ -387,7 +390,7 @@ async def claim(
     probe_egress: bool = False,
     probe_service: bool = False,
 ) -> Claim:
-    """Claim up to the given number of messages of each service.
+    """Claim up to the given number of messages of each service, AT_MOST in all.
 
     `heads`: as a survey has found them, by service; what is due earlier is left to the next one.
 

@@ -17,8 +17,8 @@ import structlog
 
 from dispatcher import rescuer, sender, worker
 from dispatcher.app import App, DatabaseWatch
-from dispatcher.db import workers
-from dispatcher.provider import Provider, Reply
+from dispatcher.db import outbox, workers
+from dispatcher.provider import Answer, Provider, Reply
 from dispatcher.settings import load
 from dispatcher.simulator.config import Config, merge
 from dispatcher.simulator.server import Simulator
@@ -325,6 +325,39 @@ async def test_number_that_is_read_first(
         await wait_for(lambda: connection.fetchval(idle), "a worker that waits for inserts")
         await add_message(connection, msisdn="0881234567")
         await until(connection, accepted=1)
+        assert await run.stop() == 0
+
+
+async def test_more_places_than_a_claim_brings(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker with more places than one claim fills takes the rest without waiting for a poll."""
+    # Falling idle, a worker looks at the outbox once more.
+    monkeypatch.setattr(worker, "BUSY", 600.0)
+    answer = asyncio.Event()
+
+    async def answered(self: Provider, **arguments: Any) -> Reply:
+        arguments["check"]()
+        await answer.wait()
+        return Answer(200, b"MSG_OK", 0.0)
+
+    monkeypatch.setattr(Provider, "send", answered)
+    more = outbox.AT_MOST + 100
+    await add_service(connection)
+    async with running(
+        database, "http://127.0.0.1:1/", tmp_path, poll_interval=600, concurrency=more
+    ) as run:
+        idle = "SELECT idle FROM worker"
+        await wait_for(lambda: connection.fetchval(idle), "a worker that waits for inserts")
+        await connection.execute(
+            "INSERT INTO outbox (service_id, msisdn, text)"
+            " SELECT $1, '359881234567', 'x' FROM generate_series(1, $2::integer)",
+            SERVICE,
+            more,
+        )
+        await until(connection, sending=more)
+        answer.set()
+        await until(connection, accepted=more)
         assert await run.stop() == 0
 
 
