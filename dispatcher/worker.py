@@ -230,9 +230,6 @@ class Worker:
             self._breaker.know(await egress.state(self._session, self._settings.egress))
             self._egress_stale = False
         found = await self._waiting()
-        now = clock.now()
-        self._quarantine = {s: at for s, at in self._quarantine.items() if at > now}
-        found = [w for w in found if w.service_id not in self._quarantine]
         closed = [w.service_id for w in found if not w.windows_open]
         if closed:
             await quota.open_windows(self._session, closed)
@@ -242,13 +239,15 @@ class Worker:
     async def _waiting(self) -> list[outbox.Waiting]:
         found = await outbox.waiting(self._session, self._settings.egress)
         self._heads = {w.service_id: w.heads for w in found}
-        return found
+        now = clock.now()
+        self._quarantine = {s: at for s, at in self._quarantine.items() if at > now}
+        return [w for w in found if w.service_id not in self._quarantine]
 
     async def _probe_egress(self) -> bool:
         probe_at = self._breaker.probe_at
         if probe_at is None or probe_at > clock.now() or self.sender.free() <= 0:
             return False
-        candidates = [w for w in await self._waiting() if w.may_send or w.probe_due]
+        candidates = await self._probe_candidates()
         episode = None
         if candidates:
             episode = await egress.take_probe(
@@ -258,16 +257,31 @@ class Worker:
             self._survey_at = min(self._survey_at, clock.now() + self._settings.poll_interval)
             self._breaker.know(await egress.state(self._session, self._settings.egress))
             return False
-        log.info("egress.probing", egress=self._settings.egress)
         for candidate in candidates:
             if await self._claim_probe(
                 candidate.service_id, probe_egress=True, probe_service=candidate.probe_due
             ):
+                log.info("egress.probing", egress=self._settings.egress)
                 break
         else:
             await egress.return_probe(self._session, self._settings.egress, episode)
         self._breaker.know(await egress.state(self._session, self._settings.egress))
         return False
+
+    async def _probe_candidates(self) -> list[outbox.Waiting]:
+        """Services that may bring a message now.
+
+        A probe that is taken in vain keeps back all workers if this one dies with it.
+        """
+        found = [
+            w
+            for w in await self._waiting()
+            if (w.may_send or w.probe_due) and w.service_id not in self._later
+        ]
+        if not found:
+            return []
+        spent = await quota.spent(self._session, [w.service_id for w in found])
+        return [w for w in found if w.service_id not in spent]
 
     async def _claim_probe(
         self, service: int, *, probe_egress: bool = False, probe_service: bool = False

@@ -30,6 +30,30 @@ async def open_windows(session: Session, services: Sequence[int]) -> None:
     await session.fetch(_OPEN_WINDOWS, list(services))
 
 
+# Tell which services may claim nothing in a current window, by our count or the provider's word.
+_SPENT = """
+SELECT s.service_id
+FROM service s
+WHERE s.service_id = ANY ($1::bigint[])
+    AND EXISTS (
+        SELECT
+        FROM (
+            VALUES ('day', s.day_limit), ('week', s.week_limit), ('month', s.month_limit)
+        ) AS period (name, its_limit)
+        JOIN quota_usage q
+            ON q.service_id = s.service_id
+            AND q.period = period.name
+            AND q.window_start = date_trunc(period.name, statement_timestamp(), s.timezone)
+        WHERE q.used >= period.its_limit OR q.closed_until > statement_timestamp()
+    )
+"""
+
+
+async def spent(session: Session, services: Sequence[int]) -> set[int]:
+    """Those of the services whose quota is used up. Raises DatabaseLost."""
+    return {row["service_id"] for row in await session.fetch(_SPENT, list(services))}
+
+
 EARLY: Final = 300.0
 """Seconds of a new window in which a spent limit is the provider's clock running behind."""
 

@@ -250,6 +250,38 @@ async def test_limit_is_believed(
     assert await used(connection) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("period", PERIODS)
+async def test_spent_by_our_count(connection: Connection, worker: Peer, period: str) -> None:
+    """A service is spent once one of its limits is reached, and one without a limit never is."""
+    await add_service(connection, timezone=midweek(), **{f"{period}_limit": 2})
+    await add_service(connection, SERVICE + 1, timezone=midweek())
+    both = [SERVICE, SERVICE + 1]
+    for service in both:
+        await add_messages(connection, 3, service_id=service)
+
+    found = []
+    for _ in range(2):
+        await worker.claim(dict.fromkeys(both, 1))
+        found.append(await quota.spent(worker.session, both))
+
+    assert found == [set(), {SERVICE}]
+
+
+@pytest.mark.parametrize("period", PERIODS)
+async def test_spent_by_the_word_of_the_provider(
+    connection: Connection, worker: Peer, period: str
+) -> None:
+    """A service with a closed window is spent, whatever we have counted, until it opens again."""
+    await add_service(connection, timezone=midweek())
+    await refused(connection, worker, period)
+
+    found = [await quota.spent(worker.session, [SERVICE])]
+    await connection.execute("UPDATE quota_usage SET closed_until = now()")
+    found.append(await quota.spent(worker.session, [SERVICE]))
+
+    assert found == [{SERVICE}, set()]
+
+
 async def test_limit_is_told_once(connection: Connection, worker: Peer) -> None:
     """Of many messages refused for the same limit the first one closes the window."""
     await add_service(connection, timezone=midweek())

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -17,7 +17,7 @@ import structlog
 
 from dispatcher import rescuer, sender, worker
 from dispatcher.app import App, DatabaseWatch
-from dispatcher.db import outbox, workers
+from dispatcher.db import egress, outbox, workers
 from dispatcher.provider import Answer, Provider, Reply
 from dispatcher.settings import load
 from dispatcher.simulator.config import Config, merge
@@ -260,10 +260,100 @@ async def test_frozen_past_its_lease(database: str, connection: Connection, tmp_
     assert await used(connection) == (12, 12, 12)
 
 
-async def test_probe_without_a_message(
-    database: str, connection: Connection, tmp_path: Path
+class Calls:
+    """How often a function of a module was called, which does its work all the same."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
+        self.count = 0
+        self._name = name
+        function = getattr(module, name)
+
+        def counted(*args: Any, **named: Any) -> Any:
+            self.count += 1
+            return function(*args, **named)
+
+        monkeypatch.setattr(module, name, counted)
+
+    async def more(self, calls: int) -> None:
+        """Wait until it was called so often again."""
+        enough = self.count + calls
+
+        async def came() -> bool:
+            return self.count >= enough
+
+        await wait_for(came, f"{calls} calls of {self._name}")
+
+
+async def close_egress(connection: Connection) -> None:
+    """The egress is banned, and a probe is due."""
+    await connection.execute(
+        "INSERT INTO egress (name, banned_until, ban_wait, ban_episode)"
+        " VALUES ('default', now(), '1 s', 1)"
+    )
+
+
+async def test_no_probe_without_quota(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A probe for which every message is locked is put back, and taken when there is one."""
+    """While all that waits is out of quota no probe is taken, and one is as soon as it is not."""
+    await add_service(connection, day_limit=0, timezone=midweek())
+    await add_message(connection)
+    await close_egress(connection)
+    taken = Calls(monkeypatch, egress, "take_probe")
+    looked = Calls(monkeypatch, outbox, "waiting")
+    async with provider() as p, running(database, p.url, tmp_path) as run:
+        await looked.more(4)
+        assert taken.count == 0
+        await connection.execute("UPDATE service SET day_limit = 1")
+        await until(connection, accepted=1)
+        assert await run.stop() == 0
+
+    assert taken.count == len(run.seen("egress.probing")) == 1
+
+
+async def test_no_probe_before_its_slot(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the pace of a service keeps its messages back, the probe waits for the slot."""
+    await add_service(connection, min_delay=timedelta(hours=1))
+    await add_message(connection)
+    await close_egress(connection)
+    await connection.execute(
+        "INSERT INTO pace (service_id, next_slot) VALUES ($1, now() + interval '1 h')", SERVICE
+    )
+    taken = Calls(monkeypatch, egress, "take_probe")
+    looked = Calls(monkeypatch, outbox, "waiting")
+    async with provider() as p, running(database, p.url, tmp_path) as run:
+        await taken.more(1)
+        await looked.more(4)
+        assert await run.stop() == 0
+
+    assert taken.count == 1
+    assert run.seen("egress.probing") == []
+
+
+async def test_no_probe_of_what_cannot_be_claimed(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service whose rows make the claim fail is left alone while the egress is closed, too."""
+    await add_service(connection)
+    await connection.execute("UPDATE service SET min_delay = '300000 years'")
+    await add_message(connection)
+    await close_egress(connection)
+    looked = Calls(monkeypatch, outbox, "waiting")
+    async with provider() as p, running(database, p.url, tmp_path) as run:
+        await run.event("service.failed")
+        await looked.more(4)
+        assert await run.stop() == 0
+
+    assert len(run.seen("service.failed")) == 1
+
+
+async def test_probe_without_a_message(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe for which every message is locked is put back unsaid, and taken when there is one."""
+    returned = Calls(monkeypatch, egress, "return_probe")
     await add_service(connection)
     async with (
         provider() as p,
@@ -276,7 +366,8 @@ async def test_probe_without_a_message(
         locker = await asyncpg.connect(database)
         async with locker.transaction():
             await locker.execute("SELECT FROM outbox FOR UPDATE")
-            await run.event("egress.probing", nth=2)
+            await returned.more(2)
+            assert run.seen("egress.probing") == []
             assert p.received()["requests"] == 1
             p.set({"unban": True})
         await locker.close()
@@ -284,6 +375,7 @@ async def test_probe_without_a_message(
         await until(connection, accepted=1)
         assert await run.stop() == 0
 
+    assert len(run.seen("egress.probing")) == 1
     assert p.received()["requests"] == 2
 
 
