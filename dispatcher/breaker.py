@@ -16,7 +16,7 @@ import structlog
 from dispatcher import clock
 from dispatcher.db import egress, quota, services
 from dispatcher.db.pool import Session
-from dispatcher.domain.message import Message
+from dispatcher.domain.message import Message, Probe
 from dispatcher.domain.outcomes import Outcome, Signal
 from dispatcher.domain.retry import JITTER, unreachable_delay
 from dispatcher.settings import Settings
@@ -143,8 +143,8 @@ class Breaker:
         """
         name = self._settings.egress
         banned = [s for s in batch if (s.message.id, s.message.claim_no) in self._bans]
-        probes = [s for s in batch if s.message.probes_egress]
-        fresh = [s.message for s in banned if not s.message.probes_egress]
+        probes = [(s, s.message.egress_probe) for s in batch if s.message.egress_probe]
+        fresh = [s.message for s in banned if not s.message.egress_probe]
         if fresh:
             await self._ban(session, max(fresh, key=lambda message: message.ban_episode))
         ill = self._ill
@@ -152,8 +152,8 @@ class Breaker:
             begun = await egress.sicken(session, name)
             if begun is not None:
                 log.warning("egress.ill", egress=name, until=begun["ill_until"])
-        for settled in probes:
-            await self._probed_egress(session, settled)
+        for settled, probe in probes:
+            await self._probed_egress(session, settled, probe)
         if banned or ill or probes:
             self.know(await egress.state(session, name))
             self._bans.difference_update((s.message.id, s.message.claim_no) for s in banned)
@@ -176,11 +176,11 @@ class Breaker:
                 until=begun["banned_until"],
             )
 
-    async def _probed_egress(self, session: Session, settled: Settled) -> None:
+    async def _probed_egress(self, session: Session, settled: Settled, probe: Probe) -> None:
         name = self._settings.egress
         episode = settled.message.ban_episode
         if settled.withheld:
-            await egress.return_probe(session, name, episode)
+            await egress.return_probe(session, name, probe)
         elif not settled.answered:
             await egress.probe_unanswered(
                 session, name, doubt=settled.outcome.in_doubt, jitter=_jitter()

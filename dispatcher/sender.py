@@ -197,7 +197,7 @@ class Sender:
             return STOPPING
         if message.claimed_at <= self._recalled_at:
             return RECALLED
-        if not self._breaker.open and not message.probes_egress:
+        if not self._breaker.open and not message.egress_probe:
             return SHUT
         if not self._lease.covers(message.claimed_at, now):
             return LEASE_LOST

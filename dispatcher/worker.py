@@ -14,7 +14,7 @@ from dispatcher.breaker import Breaker
 from dispatcher.db import egress, outbox, quota, services, workers
 from dispatcher.db.pool import DatabaseClock, DatabaseLost, Record, Session
 from dispatcher.domain import outcomes
-from dispatcher.domain.message import Message, Status
+from dispatcher.domain.message import Message, Probe, Status
 from dispatcher.domain.msisdn import masked, normalise
 from dispatcher.domain.sharing import share
 from dispatcher.lease import Lease
@@ -248,23 +248,23 @@ class Worker:
         if probe_at is None or probe_at > clock.now() or self.sender.free() <= 0:
             return False
         candidates = await self._probe_candidates()
-        episode = None
+        probe = None
         if candidates:
-            episode = await egress.take_probe(
+            probe = await egress.take_probe(
                 self._session, self._settings.egress, self._request_at_most()
             )
-        if episode is None:
+        if probe is None:
             self._survey_at = min(self._survey_at, clock.now() + self._settings.poll_interval)
             self._breaker.know(await egress.state(self._session, self._settings.egress))
             return False
         for candidate in candidates:
             if await self._claim_probe(
-                candidate.service_id, probe_egress=True, probe_service=candidate.probe_due
+                candidate.service_id, egress_probe=probe, probe_service=candidate.probe_due
             ):
                 log.info("egress.probing", egress=self._settings.egress)
                 break
         else:
-            await egress.return_probe(self._session, self._settings.egress, episode)
+            await egress.return_probe(self._session, self._settings.egress, probe)
         self._breaker.know(await egress.state(self._session, self._settings.egress))
         return False
 
@@ -284,7 +284,7 @@ class Worker:
         return [w for w in found if w.service_id not in spent]
 
     async def _claim_probe(
-        self, service: int, *, probe_egress: bool = False, probe_service: bool = False
+        self, service: int, *, egress_probe: Probe | None = None, probe_service: bool = False
     ) -> bool:
         """Claim the one message of a probe, and begin to send it; False if there is none.
 
@@ -293,14 +293,18 @@ class Worker:
         while not self._stopping:
             self.looked_at = clock.now()
             claimed = await self._claim(
-                {service: 1}, probe_egress=probe_egress, probe_service=probe_service
+                {service: 1}, egress_probe=egress_probe, probe_service=probe_service
             )
             if claimed.begun or not claimed.kept_back:
                 return bool(claimed.begun)
         return False
 
     async def _claim(
-        self, asked: dict[int, int], *, probe_egress: bool = False, probe_service: bool = False
+        self,
+        asked: dict[int, int],
+        *,
+        egress_probe: Probe | None = None,
+        probe_service: bool = False,
     ) -> _Claimed:
         """Claim up to the places asked for and begin to send."""
         began = clock.now()
@@ -310,7 +314,7 @@ class Worker:
                 self._lease.worker_id,
                 asked,
                 heads=self._heads,
-                probe_egress=probe_egress,
+                probe_egress=egress_probe is not None,
                 probe_service=probe_service,
             )
         except outbox.ClaimRefused as error:
@@ -326,7 +330,7 @@ class Worker:
                     row,
                     began,
                     last_slot=last_slot[row["service_id"]] == row["id"],
-                    probe_egress=probe_egress,
+                    egress_probe=egress_probe,
                     probe_service=probe_service,
                 )
             )
@@ -375,7 +379,7 @@ class Worker:
         began: float,
         *,
         last_slot: bool,
-        probe_egress: bool,
+        egress_probe: Probe | None,
         probe_service: bool,
     ) -> Message:
         local = self._clock.local
@@ -396,7 +400,7 @@ class Worker:
             send_before=None if row["send_before"] is None else local(row["send_before"]),
             expires=None if row["expires"] is None else local(row["expires"]),
             ban_episode=row["ban_episode"],
-            probes_egress=probe_egress,
+            egress_probe=egress_probe,
             probes_service=probe_service,
         )
 

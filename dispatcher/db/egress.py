@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dispatcher.db.pool import Record, Session
+from dispatcher.domain.message import Probe
 
 ILL_FIRST: Final = 5.0
 ILL_MOST: Final = 300.0
@@ -100,32 +101,37 @@ SET banned_until = CASE WHEN e.banned_until IS NOT NULL THEN
         clock_timestamp() + greatest(e.ill_wait, make_interval(secs => $2)) END
 WHERE e.name = $1
     AND greatest(e.banned_until, e.ill_until) <= clock_timestamp()
-RETURNING e.ban_episode
+RETURNING e.banned_until, e.ill_until
 """
 
 
-async def take_probe(session: Session, name: str, at_least: float) -> int | None:
+async def take_probe(session: Session, name: str, at_least: float) -> Probe | None:
     """Take the probe of a closed egress; None if it is not due or another worker has it.
 
     `at_least`: seconds before anybody else may probe, longer than a probe can take.
-    Returns the episode that it probes. Raises DatabaseLost.
+    Raises DatabaseLost.
     """
     rows = await session.fetch(_TAKE_PROBE, name, at_least)
-    return int(rows[0]["ban_episode"]) if rows else None
+    return Probe(*rows[0]) if rows else None
 
 
-# Put back a probe of this episode for which there was no message.
+# Put back a probe that sent nothing; what has changed since it was taken stays.
 _RETURN_PROBE = """
 UPDATE egress e
-SET banned_until = CASE WHEN e.banned_until IS NOT NULL THEN clock_timestamp() END,
-    ill_until = CASE WHEN e.ill_until IS NOT NULL THEN clock_timestamp() END
-WHERE e.name = $1 AND e.ban_episode = $2
+SET banned_until = CASE
+        WHEN e.banned_until = $2 THEN clock_timestamp() ELSE e.banned_until
+    END,
+    ill_until = CASE WHEN e.ill_until = $3 THEN clock_timestamp() ELSE e.ill_until END
+WHERE e.name = $1 AND (e.banned_until = $2 OR e.ill_until = $3)
 """
 
 
-async def return_probe(session: Session, name: str, episode: int) -> None:
-    """Make the probe due again, unless a ban has begun since. Raises DatabaseLost."""
-    await session.fetch(_RETURN_PROBE, name, episode)
+async def return_probe(session: Session, name: str, probe: Probe) -> None:
+    """Make a probe due again, but for a wait that has begun since it was taken.
+
+    Raises DatabaseLost.
+    """
+    await session.fetch(_RETURN_PROBE, name, probe.banned_until, probe.ill_until)
 
 
 # A probe was answered by a ban: wait twice as long. An answer is no illness.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 
@@ -19,6 +20,14 @@ class Status(StrEnum):
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The probe of a closed egress as its worker took it: until when nobody else takes one."""
+
+    banned_until: datetime | None
+    ill_until: datetime | None
 
 
 # Not frozen: one is made for each message, and freezing takes half of that time.
@@ -51,7 +60,7 @@ class Message:
     """The end of the quota window it was debited to, or None without a limit."""
     expires: float | None
     ban_episode: int
-    probes_egress: bool
-    """Sent to learn whether a ban or an illness of the provider is over."""
+    egress_probe: Probe | None
+    """Sent to learn whether a ban or an illness of the provider is over; None for all others."""
     probes_service: bool
     """Sent to learn whether a block of its service is over."""

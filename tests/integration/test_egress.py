@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from dispatcher.db import egress
+from dispatcher.domain.message import Probe
 from tests.integration.peers import Connection, Peer, peer
 
 NAME = "default"
@@ -43,6 +44,14 @@ async def make_due(connection: Connection) -> None:
         "UPDATE egress SET banned_until = now() WHERE banned_until IS NOT NULL"
     )
     await connection.execute("UPDATE egress SET ill_until = now() WHERE ill_until IS NOT NULL")
+
+
+async def take_due(connection: Connection, worker: Peer) -> Probe:
+    """Take the probe at its time."""
+    await make_due(connection)
+    probe = await egress.take_probe(worker.session, NAME, 45)
+    assert probe is not None
+    return probe
 
 
 async def test_open_at_first(worker: Peer) -> None:
@@ -131,10 +140,11 @@ async def test_late_resume_of_an_old_episode(connection: Connection, worker: Pee
 async def test_late_word_of_an_old_probe(connection: Connection, worker: Peer) -> None:
     """A probe that ends late neither shortens a ban that began after it nor begins one anew."""
     await egress.sicken(worker.session, NAME)
+    probe = await take_due(connection, worker)
     await egress.ban(worker.session, NAME, 0, 60, 1)
     before = await row(connection)
 
-    await egress.return_probe(worker.session, NAME, 0)
+    await egress.return_probe(worker.session, NAME, probe)
     assert await egress.probe_banned(worker.session, NAME, 0, 10, 10, 1) is None
 
     assert (await row(connection))["ban_wait"] == before["ban_wait"]
@@ -156,7 +166,7 @@ async def test_one_probe_for_all_workers(database: str, connection: Connection) 
             *(egress.take_probe(w.session, NAME, 5) for w in workers for _ in range(10))
         )
 
-    assert taken.count(1) == 1
+    assert len([probe for probe in taken if probe is not None]) == 1
     assert 59 < (await row(connection))["ban_in"] <= 60
 
 
@@ -165,25 +175,59 @@ async def test_probe_is_nobody_elses_while_it_lasts(connection: Connection, work
     await egress.ban(worker.session, NAME, 0, 0.001, 1)
     await make_due(connection)
 
-    assert await egress.take_probe(worker.session, NAME, 45) == 1
+    assert await egress.take_probe(worker.session, NAME, 45) is not None
     assert 44 < (await row(connection))["ban_in"] <= 45
 
 
 async def test_probe_given_back(connection: Connection, worker: Peer) -> None:
     """A probe for which there was no message is due again at once."""
+    await egress.ban(worker.session, NAME, 0, 60, 1)
     await egress.sicken(worker.session, NAME)
-    await make_due(connection)
-    assert await egress.take_probe(worker.session, NAME, 45) == 0
+    probe = await take_due(connection, worker)
 
-    await egress.return_probe(worker.session, NAME, 0)
+    await egress.return_probe(worker.session, NAME, probe)
 
-    assert await egress.take_probe(worker.session, NAME, 45) == 0
+    assert await egress.take_probe(worker.session, NAME, 45) is not None
 
 
-async def test_open_egress_has_no_probe(worker: Peer) -> None:
+async def test_late_return_shortens_no_wait(connection: Connection, worker: Peer) -> None:
+    """A probe that is put back late leaves the waits that the next one has brought."""
+    await egress.ban(worker.session, NAME, 0, 60, 1)
+    await egress.sicken(worker.session, NAME)
+    late = await take_due(connection, worker)
+    await take_due(connection, worker)
+    await egress.probe_unanswered(worker.session, NAME, doubt=True, jitter=1)
+    before = await row(connection)
+
+    await egress.return_probe(worker.session, NAME, late)
+
+    after = await row(connection)
+    assert (after["banned_until"], after["ill_until"]) == (
+        before["banned_until"],
+        before["ill_until"],
+    )
+
+
+async def test_illness_while_a_ban_is_probed(connection: Connection, worker: Peer) -> None:
+    """A probe of a ban that is put back leaves an illness found meanwhile its wait."""
+    await egress.ban(worker.session, NAME, 0, 60, 1)
+    probe = await take_due(connection, worker)
+    await egress.sicken(worker.session, NAME)
+
+    await egress.return_probe(worker.session, NAME, probe)
+
+    stored = await row(connection)
+    assert stored["ban_in"] <= 0
+    assert stored["ill_in"] > 4
+
+
+async def test_open_egress_has_no_probe(connection: Connection, worker: Peer) -> None:
     """There is nothing to probe while the egress is open."""
     assert await egress.take_probe(worker.session, NAME, 5) is None
-    await egress.return_probe(worker.session, NAME, 0)
+    await egress.sicken(worker.session, NAME)
+    probe = await take_due(connection, worker)
+    await egress.resume(worker.session, NAME, 0)
+    await egress.return_probe(worker.session, NAME, probe)
     assert (await egress.state(worker.session, NAME)).open
 
 

@@ -18,7 +18,7 @@ import structlog
 from dispatcher import rescuer, sender, worker
 from dispatcher.app import App, DatabaseWatch
 from dispatcher.db import egress, outbox, workers
-from dispatcher.provider import Answer, Provider, Reply
+from dispatcher.provider import Answer, NeverLeft, Provider, Reply
 from dispatcher.settings import load
 from dispatcher.simulator.config import Config, merge
 from dispatcher.simulator.server import Simulator
@@ -377,6 +377,36 @@ async def test_probe_without_a_message(
 
     assert len(run.seen("egress.probing")) == 1
     assert p.received()["requests"] == 2
+
+
+async def test_probe_that_is_withheld_late(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe withheld after another worker's was answered by the ban leaves that its wait."""
+    asked, thaw = asyncio.Event(), asyncio.Event()
+
+    async def frozen(self: Provider, **arguments: Any) -> Reply:
+        asked.set()
+        await thaw.wait()
+        return NeverLeft(sender.LEASE_LOST, withheld=True)
+
+    monkeypatch.setattr(Provider, "send", frozen)
+    returned = Calls(monkeypatch, egress, "return_probe")
+    await add_service(connection)
+    await add_message(connection)
+    await close_egress(connection)
+    async with running(database, "http://127.0.0.1:1/", tmp_path) as run, peer(database) as other:
+        async with asyncio.timeout(30):
+            await asked.wait()
+        await connection.execute("UPDATE egress SET banned_until = now(), ban_wait = '30 min'")
+        assert await egress.take_probe(other.session, "default", 45) is not None
+        assert await egress.probe_banned(other.session, "default", 1, 60, 3600, 1) is not None
+        thaw.set()
+        await returned.more(1)
+        await until(connection, pending=1)
+        assert await run.stop() == 0
+
+    assert await connection.fetchval("SELECT banned_until > now() + interval '50 min' FROM egress")
 
 
 async def test_probe_of_a_service_without_an_answer(
