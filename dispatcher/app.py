@@ -303,7 +303,13 @@ class App:
     def _spool_unrecorded(self, recorder: Recorder, lease: Lease) -> None:
         left = recorder.unrecorded()
         try:
-            path = spool.write(self._settings.data_dir, lease.worker_id, lease.entered, left)
+            path = spool.write(
+                self._settings.data_dir,
+                lease.worker_id,
+                lease.entered,
+                left,
+                database=lease.database,
+            )
         except OSError as error:
             log.error("spool.failed", results=len(left), reason=error.strerror)
             return
@@ -327,6 +333,7 @@ class App:
                 )
                 lease.renewed(asked_at)
                 lease.entered = await workers.entered(session, lease.worker_id) or ""
+                lease.database = await workers.database(session)
                 await database_clock.ping(session, 3 * PINGS)
             except DatabaseLost as error:
                 told(str(error))

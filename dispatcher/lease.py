@@ -13,6 +13,8 @@ class Lease:
         self.worker_id = 0
         self.entered = ""
         """When the worker entered, as the database tells it."""
+        self.database = ""
+        """Which database that is."""
         self._began = 0.0
         self._until = 0.0
 

@@ -42,17 +42,23 @@ def prepare(data_dir: Path) -> None:
 
 
 def write(
-    data_dir: Path, worker_id: int, entered: str, results: Sequence[outbox.Result]
+    data_dir: Path,
+    worker_id: int,
+    entered: str,
+    results: Sequence[outbox.Result],
+    *,
+    database: str,
 ) -> Path | None:
     """Write results durably, one JSON object a line; None if there are none. Raises OSError.
 
-    `entered`: when the worker did, as `workers.entered` tells it.
+    `entered`: when the worker did, as `workers.entered` tells it; `database`: where, likewise.
     """
     if not results:
         return None
     folder = data_dir / "spool"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{worker_id}-{entered}-{uuid4().hex}.jsonl"
+    # In three parts, as it was before the database was in it: an older version can take it up.
+    path = folder / f"{worker_id}-{entered}-{database}.{uuid4().hex}.jsonl"
     # Another worker that starts meanwhile must not take up half of it.
     unfinished = path.with_suffix(".part")
     with unfinished.open("xb") as file:
@@ -73,8 +79,7 @@ async def take_up(data_dir: Path, session: Session) -> int:
     """
     recorded = 0
     for path in sorted((data_dir / "spool").glob("*-*-*.jsonl")):
-        worker_id, its_entry, _ = path.stem.split("-")
-        if await workers.entered(session, int(worker_id)) not in {None, its_entry}:
+        if not await _is_of(session, path):
             log.warning("spool.foreign", file=path.name)
             continue
         try:
@@ -91,6 +96,17 @@ async def take_up(data_dir: Path, session: Session) -> int:
                 path.rename(path.with_suffix(".torn"))
         log.info("spool.taken_up", results=len(results), recorded=recorded)
     return recorded
+
+
+async def _is_of(session: Session, path: Path) -> bool:
+    """Whether a file belongs to the session's database."""
+    worker_id, its_entry, rest = path.stem.split("-")
+    entered = await workers.entered(session, int(worker_id))
+    if entered is not None:
+        return entered == its_entry
+    # Workers are forgotten in time, and those of another database were never known.
+    its_database, _, _ = rest.rpartition(".")
+    return its_database in {"", await workers.database(session)}
 
 
 def _flat(result: outbox.Result) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,26 @@ def postgres() -> Iterator[EmbeddedPostgres]:
         yield server
 
 
-@pytest.fixture
-def database(postgres: EmbeddedPostgres) -> Iterator[str]:
-    """The connection string of a fresh, migrated database."""
+@contextmanager
+def _fresh(postgres: EmbeddedPostgres) -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(NUMBERS)}"
     asyncio.run(_execute(postgres.dsn, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
     yield database_dsn(postgres.dsn, name)
     asyncio.run(_execute(postgres.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The connection string of a fresh, migrated database."""
+    with _fresh(postgres) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def other_database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The connection string of another one."""
+    with _fresh(postgres) as dsn:
+        yield dsn
 
 
 @pytest.fixture

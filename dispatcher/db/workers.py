@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncpg
+
 from dispatcher.db.pool import Session
 
 # Enter a worker, and its egress with it.
@@ -39,6 +41,26 @@ async def entered(session: Session, worker_id: int) -> str | None:
     """
     rows = await session.fetch(_ENTERED, worker_id)
     return rows[0]["entered"] if rows else None
+
+
+# Tell which database this is: the server and all copies of its files, the database, the table.
+_DATABASE = """
+SELECT concat_ws('.', c.system_identifier, d.oid, 'worker'::regclass::oid) AS database
+FROM pg_control_system() c
+JOIN pg_database d ON d.datname = current_database()
+"""
+
+
+async def database(session: Session) -> str:
+    """A mark that this outbox has and no other, for when the worker is forgotten.
+
+    Empty if the server does not tell. Raises DatabaseLost.
+    """
+    try:
+        rows = await session.fetch(_DATABASE)
+    except asyncpg.InsufficientPrivilegeError:
+        return ""
+    return str(rows[0]["database"])
 
 
 # Renew a worker's lease, and tell whether it had run out: that is looked at with the row locked,

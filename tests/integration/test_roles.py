@@ -15,6 +15,8 @@ from typing import TypeAlias
 import asyncpg
 import pytest
 
+from dispatcher.db import workers
+from dispatcher.db.pool import Session
 from tests.builders import add_message, add_messages, add_service
 from tests.e2e.harness import free_port, simulator, until_statuses, wait_for, worker
 
@@ -282,6 +284,24 @@ async def test_worker_may_run_its_statements(
     assert {"dispatcher.db.outbox._CLAIM", "dispatcher.db.reports._RECEIVE"} <= found.keys()
     async with acting(database, "dispatcher_worker") as acting_worker:
         assert await refused(acting_worker, found) == []
+
+
+async def test_worker_knows_its_database(
+    database: str, roles: None, connection: Connection
+) -> None:
+    """A worker knows its database as the owner does; on a server that hides it, it does without."""
+    async with (
+        user(connection, database, "dispatcher_worker") as dsn,
+        Session(dsn, name="test", timeout=30) as session,
+        Session(database, name="test", timeout=30) as owner,
+    ):
+        known = await workers.database(session)
+        owners = await workers.database(owner)
+        await connection.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+        hidden = await workers.database(session)
+
+    assert known == owners != ""
+    assert hidden == ""
 
 
 async def test_a_worker_works(database: str, roles: None, connection: Connection) -> None:

@@ -34,7 +34,8 @@ async def write(folder: Path, worker: Peer, *results: Result) -> Path:
     """Spool results as the worker would; returns the file."""
     entered = await workers.entered(worker.session, worker.worker_id)
     assert entered is not None
-    path = spool.write(folder, worker.worker_id, entered, results)
+    database = await workers.database(worker.session)
+    path = spool.write(folder, worker.worker_id, entered, results, database=database)
     assert path is not None
     return path
 
@@ -55,6 +56,55 @@ async def test_left_to_its_own_database(
     assert [event["event"] for event in told] == ["spool.foreign"]
     assert await statuses(connection) == {"sending": 1}
     assert len(files(tmp_path)) == 1
+
+
+async def test_worker_that_is_forgotten(
+    connection: Connection, worker: Peer, other_database: str, tmp_path: Path
+) -> None:
+    """What a worker spooled that nobody knows any more is taken up by its own database alone."""
+    await add_messages(connection, 1)
+    rows = (await worker.claim()).sending
+    await write(tmp_path, worker, worker.result(rows[0]))
+    await connection.execute("DELETE FROM worker")
+
+    async with Session(other_database, name="test", timeout=30) as other:
+        with structlog.testing.capture_logs() as told:
+            await spool.take_up(tmp_path, other)
+    kept = len(files(tmp_path))
+    await spool.take_up(tmp_path, worker.session)
+
+    assert [event["event"] for event in told] == ["spool.foreign"]
+    assert kept == 1
+    assert await statuses(connection) == {"accepted": 1}
+    assert files(tmp_path) == []
+
+
+async def test_file_that_names_no_database(
+    connection: Connection, worker: Peer, tmp_path: Path
+) -> None:
+    """A file of an earlier version is taken up, though its worker is forgotten."""
+    await add_messages(connection, 1)
+    rows = (await worker.claim()).sending
+    path = await write(tmp_path, worker, worker.result(rows[0]))
+    worker_id, entered, rest = path.name.split("-")
+    path.rename(path.with_name(f"{worker_id}-{entered}-{rest.split('.')[-2]}.jsonl"))
+    await connection.execute("DELETE FROM worker")
+
+    await spool.take_up(tmp_path, worker.session)
+
+    assert await statuses(connection) == {"accepted": 1}
+    assert files(tmp_path) == []
+
+
+async def test_outboxes_of_one_database(
+    database: str, connection: Connection, worker: Peer
+) -> None:
+    """Two outboxes in one database, each in a schema of its own, are not taken for one."""
+    await connection.execute("CREATE SCHEMA another")
+    await connection.execute("CREATE TABLE another.worker (LIKE worker)")
+
+    async with Session(f"{database}&search_path=another", name="test", timeout=30) as other:
+        assert await workers.database(other) != await workers.database(worker.session)
 
 
 async def test_taken_up_once(connection: Connection, worker: Peer, tmp_path: Path) -> None:

@@ -66,13 +66,13 @@ def lines(folder: Path) -> list[bytes]:
 
 def test_nothing_to_keep(tmp_path: Path) -> None:
     """Without results nothing is written, not even a folder."""
-    assert spool.write(tmp_path, 3, "17", []) is None
+    assert spool.write(tmp_path, 3, "17", [], database="7.8.9") is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_written_for_its_owner_only(tmp_path: Path) -> None:
     """The file is named by the worker, and only its owner may read it."""
-    path = spool.write(tmp_path / "new", 3, "17", [ACCEPTED])
+    path = spool.write(tmp_path / "new", 3, "17", [ACCEPTED], database="7.8.9")
 
     assert path is not None
     assert path.parent == tmp_path / "new" / "spool"
@@ -82,8 +82,8 @@ def test_written_for_its_owner_only(tmp_path: Path) -> None:
 
 def test_second_write_adds(tmp_path: Path) -> None:
     """What was written before is never overwritten."""
-    first = spool.write(tmp_path, 3, "17", [ACCEPTED])
-    second = spool.write(tmp_path, 3, "17", [IN_DOUBT, NEVER_LEFT])
+    first = spool.write(tmp_path, 3, "17", [ACCEPTED], database="7.8.9")
+    second = spool.write(tmp_path, 3, "17", [IN_DOUBT, NEVER_LEFT], database="7.8.9")
 
     assert first is not None
     assert second is not None
@@ -95,7 +95,7 @@ def test_second_write_adds(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_result_comes_back(tmp_path: Path, results: list[Result]) -> None:
     """Whatever the provider answered, what is read back is what was written."""
-    path = spool.write(tmp_path, 3, "17", results)
+    path = spool.write(tmp_path, 3, "17", results, database="7.8.9")
 
     assert path is not None
     try:
@@ -124,7 +124,7 @@ def test_torn_line_costs_only_itself(
     tmp_path: Path, told: list[structlog.typing.EventDict], bad: bytes
 ) -> None:
     """A line that a crash tore is told with its number, and all others are read."""
-    path = spool.write(tmp_path, 3, "17", [ACCEPTED, IN_DOUBT])
+    path = spool.write(tmp_path, 3, "17", [ACCEPTED, IN_DOUBT], database="7.8.9")
     assert path is not None
     first, second = lines(tmp_path)
     path.write_bytes(first + b"\n" + bad + b"\n" + second + b"\n")
@@ -135,7 +135,7 @@ def test_torn_line_costs_only_itself(
 
 def test_nothing_private_is_spooled(tmp_path: Path) -> None:
     """A spooled result names its message by its id: no number and no text of a message."""
-    spool.write(tmp_path, 3, "17", [ACCEPTED])
+    spool.write(tmp_path, 3, "17", [ACCEPTED], database="7.8.9")
 
     (line,) = lines(tmp_path)
     assert b"msisdn" not in line
