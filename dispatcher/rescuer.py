@@ -61,7 +61,7 @@ class Rescuer:
 
     async def _round(self) -> None:
         for row in await outbox.expire(self._session):
-            self._tell(EVENTS[Status(row["status"])], row)
+            self._tell(row)
         # Before the rescue: should the database be back, the first to notice must wait too.
         self._database(None)
         now = clock.now()
@@ -70,7 +70,7 @@ class Rescuer:
             for row in await outbox.retry_unknown(
                 self._session, self._settings.unknown_retry_after
             ):
-                self._tell("message.retry", row)
+                self._tell(row)
         if now >= self._rescue_at:
             self._rescue_at = now + self._settings.lease / 6
             await self._rescue()
@@ -87,12 +87,12 @@ class Rescuer:
             log.warning("worker.rescued", worker_id=worker_id, messages=messages)
             self._metrics.rescued(messages)
         for row in rows:
-            self._tell("message.unknown", row)
+            self._tell(row)
 
-    def _tell(self, event: str, row: Record) -> None:
+    def _tell(self, row: Record) -> None:
         self._metrics.outcomes(1, row["service_id"], row["status"], NOT_SENT)
         log.info(
-            event,
+            EVENTS[Status(row["status"])],
             id=row["id"],
             service_id=row["service_id"],
             msisdn=masked(row["msisdn"]),
