@@ -47,10 +47,6 @@ PRUNE: Final = 3600.0
 WATCHDOG: Final = 5.0
 """Seconds between two signs of life for the supervisor."""
 
-RECORDED_AT_ONCE: Final = 0.6
-"""Answers, as a share of the places, that wait for no more to be recorded with them: a worker
-holds no more than twice its places, so those that wait keep others from being claimed."""
-
 WRITE_BACK: Final = 1.0
 """Seconds that the last results get at least, even when the drain time is over."""
 
@@ -249,7 +245,7 @@ class App:
                 lease.worker_id,
                 breaker,
                 self._metrics,
-                enough=max(1, int(settings.concurrency * RECORDED_AT_ONCE)),
+                places=settings.concurrency,
                 released=worker.sender.released,
                 accepted=server.accepted,
                 database=self._watch.of("record"),

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, Literal
 
 import orjson
@@ -42,7 +44,7 @@ def _render(logger: WrappedLogger, name: str, event: EventDict) -> bytes:
 
 
 class _Lines:
-    """Writes lines to standard output, each by itself.
+    """Writes lines to standard output.
 
     A reader that has gone or a disk that is full must not stop the work: such lines are lost.
     """
@@ -50,16 +52,35 @@ class _Lines:
     def __init__(self) -> None:
         self.lost = 0
         """Lines that could not be written since the start."""
+        self._kept: list[bytes] | None = None
 
     def info(self, line: str | bytes) -> None:
-        left = (line if isinstance(line, bytes) else line.encode("utf-8", "replace")) + b"\n"
+        encoded = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
+        if self._kept is None:
+            self._write([encoded])
+        else:
+            self._kept.append(encoded)
+
+    debug = warning = error = info
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write the lines of a block, which must not wait, at its end and at once."""
+        kept: list[bytes] = []
+        self._kept = kept
+        try:
+            yield
+        finally:
+            self._kept = None
+            self._write(kept)
+
+    def _write(self, lines: list[bytes]) -> None:
+        left = b"".join(line + b"\n" for line in lines)
         try:
             while left:
                 left = left[os.write(sys.stdout.fileno(), left) :]
         except OSError:
-            self.lost += 1
-
-    debug = warning = error = info
+            self.lost += len(lines)
 
 
 lines: Final = _Lines()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
 import structlog
 
-from dispatcher import clock
+from dispatcher import clock, logs
 from dispatcher.breaker import Breaker, Settled
 from dispatcher.db import outbox
 from dispatcher.db.pool import DatabaseLost, Session
@@ -25,8 +25,15 @@ from dispatcher.metrics import NOT_SENT, Metrics
 LINGER: Final = 0.01
 """Seconds that a result waits for others to be recorded with it."""
 
+AT_ONCE: Final = 0.6
+"""Results, as a share of the worker's places, that wait for no more: it holds no more than twice
+its places, so those that wait keep others from being claimed."""
+
+TOGETHER: Final = 0.9
+"""Results, as a share of the places, that one statement records at most, for the same reason."""
+
 BATCH: Final = 500
-"""Results recorded by one statement at most."""
+"""Results that one statement records at most, whatever the places."""
 
 AGAIN: Final = 0.25
 """Seconds between two tries while the database is away."""
@@ -52,7 +59,7 @@ class Recorder:
         breaker: Breaker,
         metrics: Metrics,
         *,
-        enough: int,
+        places: int,
         released: Callable[[Settled], None],
         accepted: Callable[[], None],
         database: Callable[[str | None], None],
@@ -64,7 +71,7 @@ class Recorder:
             worker_id: The worker whose claims these are.
             breaker: Told of each result at once, and to make its conclusions durable.
             metrics: Counts what was recorded.
-            enough: Results that are recorded without waiting for more.
+            places: Requests that the worker has under way at most.
             released: Told of each result that is durable.
             accepted: Told that identifiers were recorded.
             database: Told of each loss of the database (one phrase) and each success (None).
@@ -73,7 +80,8 @@ class Recorder:
         self._worker_id = worker_id
         self._breaker = breaker
         self._metrics = metrics
-        self._at_once = min(enough, BATCH)
+        self._at_once = min(BATCH, max(1, int(places * AT_ONCE)))
+        self._together = min(BATCH, max(1, int(places * TOGETHER)))
         self._released = released
         self._accepted = accepted
         self._database = database
@@ -120,7 +128,7 @@ class Recorder:
                 continue
             if not self._closing and len(self._waiting) < self._at_once:
                 await self._linger()
-            while self._waiting and len(self._batch) < BATCH:
+            while self._waiting and len(self._batch) < self._together:
                 self._batch.append(self._waiting.popleft())
             await self._write()
 
@@ -154,12 +162,27 @@ class Recorder:
         self._database(None)
         batch, self._batch = self._batch, []
         self._oldest = clock.now() if self._waiting else None
+        for settled in batch:
+            self._released(settled)
         if any(settled.outcome.provider_id is not None for settled in batch):
             self._accepted()
+        try:
+            # The worker claims now: what is told takes time that passes while the database works.
+            await asyncio.sleep(0)
+        finally:
+            with logs.lines.together():
+                self._tell_all(batch, written, again=again)
+
+    def _tell_all(
+        self,
+        batch: list[Settled],
+        written: Mapping[tuple[int, int], float | None],
+        *,
+        again: bool,
+    ) -> None:
         told: Counter[tuple[int, str, str]] = Counter()
         for settled in batch:
             key = (settled.message.id, settled.message.claim_no)
-            self._released(settled)
             if key in written or again:
                 self._tell(settled, written.get(key), told)
             else:
@@ -170,7 +193,6 @@ class Recorder:
                     reply=outcomes.tellable(settled.outcome.reply, settled.message.text),
                     status=settled.outcome.status,
                 )
-
         for alike, messages in told.items():
             self._metrics.outcomes(messages, *alike)
 
