@@ -183,7 +183,7 @@ class Breaker:
             await egress.return_probe(session, name, probe)
         elif not settled.answered:
             await egress.probe_unanswered(
-                session, name, doubt=settled.outcome.in_doubt, jitter=_jitter()
+                session, name, probe, doubt=settled.outcome.in_doubt, jitter=_jitter()
             )
         elif settled.outcome.signal is Signal.BANNED:
             row = await egress.probe_banned(

@@ -162,7 +162,8 @@ async def probe_banned(
     return rows[0] if rows else None
 
 
-# A probe brought no answer: wait again, for an ill provider twice as long if it is in doubt.
+# A probe brought no answer: wait again, for an ill provider twice as long if it is in doubt; what
+# has changed since it was taken stays.
 _PROBE_UNANSWERED = """
 UPDATE egress e
 SET banned_until = clock_timestamp() + e.ban_wait * $4,
@@ -175,12 +176,21 @@ FROM (
     WHERE i.name = $1
 ) AS next (ill_wait)
 WHERE e.name = $1
+    AND e.banned_until IS NOT DISTINCT FROM $5
+    AND e.ill_until IS NOT DISTINCT FROM $6
 """
 
 
-async def probe_unanswered(session: Session, name: str, *, doubt: bool, jitter: float) -> None:
-    """Arm the next probe after one that never left or is in doubt. Raises DatabaseLost."""
-    await session.fetch(_PROBE_UNANSWERED, name, doubt, ILL_MOST, jitter)
+async def probe_unanswered(
+    session: Session, name: str, probe: Probe, *, doubt: bool, jitter: float
+) -> None:
+    """Arm the next probe after one that never left or is in doubt, unless another was taken.
+
+    Raises DatabaseLost.
+    """
+    await session.fetch(
+        _PROBE_UNANSWERED, name, doubt, ILL_MOST, jitter, probe.banned_until, probe.ill_until
+    )
 
 
 # Let traffic resume after a probe of this episode; wake all workers.

@@ -190,16 +190,17 @@ async def test_probe_given_back(connection: Connection, worker: Peer) -> None:
     assert await egress.take_probe(worker.session, NAME, 45) is not None
 
 
-async def test_late_return_shortens_no_wait(connection: Connection, worker: Peer) -> None:
-    """A probe that is put back late leaves the waits that the next one has brought."""
+async def test_late_probe_changes_no_wait(connection: Connection, worker: Peer) -> None:
+    """A probe that ends late leaves the waits that the next one has brought."""
     await egress.ban(worker.session, NAME, 0, 60, 1)
     await egress.sicken(worker.session, NAME)
     late = await take_due(connection, worker)
-    await take_due(connection, worker)
-    await egress.probe_unanswered(worker.session, NAME, doubt=True, jitter=1)
+    probe = await take_due(connection, worker)
+    await egress.probe_unanswered(worker.session, NAME, probe, doubt=True, jitter=1)
     before = await row(connection)
 
     await egress.return_probe(worker.session, NAME, late)
+    await egress.probe_unanswered(worker.session, NAME, late, doubt=True, jitter=1)
 
     after = await row(connection)
     assert (after["banned_until"], after["ill_until"]) == (
@@ -239,9 +240,9 @@ async def test_unanswered_probe_of_a_ban(
 ) -> None:
     """A probe that never left or is in doubt is repeated after the same wait."""
     await egress.ban(worker.session, NAME, 0, 60, 1)
-    await make_due(connection)
+    probe = await take_due(connection, worker)
 
-    await egress.probe_unanswered(worker.session, NAME, doubt=doubt, jitter=1.1)
+    await egress.probe_unanswered(worker.session, NAME, probe, doubt=doubt, jitter=1.1)
 
     stored = await row(connection)
     assert stored["ban_wait"] == timedelta(seconds=60)
@@ -255,7 +256,8 @@ async def test_illness(connection: Connection, worker: Peer) -> None:
     assert await egress.sicken(worker.session, NAME) is None
     waits = [(await row(connection))["ill_wait"].total_seconds()]
     for _ in range(8):
-        await egress.probe_unanswered(worker.session, NAME, doubt=True, jitter=1)
+        probe = await take_due(connection, worker)
+        await egress.probe_unanswered(worker.session, NAME, probe, doubt=True, jitter=1)
         stored = await row(connection)
         waits.append(stored["ill_wait"].total_seconds())
         assert waits[-1] - 1 < stored["ill_in"] <= waits[-1]
@@ -266,8 +268,9 @@ async def test_illness(connection: Connection, worker: Peer) -> None:
 async def test_probe_that_never_left_is_no_illness(connection: Connection, worker: Peer) -> None:
     """A probe of an ill provider that never left is repeated after the same wait."""
     await egress.sicken(worker.session, NAME)
+    probe = await take_due(connection, worker)
 
-    await egress.probe_unanswered(worker.session, NAME, doubt=False, jitter=1)
+    await egress.probe_unanswered(worker.session, NAME, probe, doubt=False, jitter=1)
 
     assert (await row(connection))["ill_wait"] == timedelta(seconds=5)
 
