@@ -100,21 +100,28 @@ async def _workers(server: Server, workers: int, count: int) -> Carried:
 
 
 async def _statements(server: Server, sessions: int, count: int) -> Carried:
-    async with server.database(migrated=True) as database:
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(server.database(migrated=True))
         async with server.connection(database) as connection:
             await connection.execute(SERVICES, SERVICE, USER, sessions - 1)
             await fill(connection, count, services=sessions)
-        cpu, began = server.cpu(), time.perf_counter()
+        # Open until the end: what a process that has ended took of the CPU may be told late.
+        ready = [
+            await stack.enter_async_context(
+                Statements.ready(server.dsn(database), [SERVICE + number])
+            )
+            for number in range(sessions)
+        ]
 
-        async def run(service: int) -> int:
+        async def run(statements: Statements) -> int:
             total = 0
-            async with Statements.ready(server.dsn(database), [service]) as statements:
-                while (done := (await statements.turn())[0]) > 0:
-                    total += done
+            while (done := (await statements.turn())[0]) > 0:
+                total += done
             return total
 
+        cpu, began = server.cpu(), time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(SERVICE + n)) for n in range(sessions)]
+            tasks = [group.create_task(run(statements)) for statements in ready]
         seconds = time.perf_counter() - began
         messages = sum(task.result() for task in tasks)
         return Carried(messages / seconds, (server.cpu() - cpu) / messages)
