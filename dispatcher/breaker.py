@@ -178,7 +178,6 @@ class Breaker:
 
     async def _probed_egress(self, session: Session, settled: Settled, probe: Probe) -> None:
         name = self._settings.egress
-        episode = settled.message.ban_episode
         if settled.withheld:
             await egress.return_probe(session, name, probe)
         elif not settled.answered:
@@ -189,7 +188,7 @@ class Breaker:
             row = await egress.probe_banned(
                 session,
                 name,
-                episode,
+                probe,
                 self._settings.ban_backoff,
                 self._settings.ban_backoff_max,
                 _jitter(),
@@ -201,7 +200,7 @@ class Breaker:
                     episode=row["ban_episode"],
                     until=row["banned_until"],
                 )
-        elif await egress.resume(session, name, episode):
+        elif await egress.resume(session, name, probe):
             log.info("egress.resumed", egress=name)
 
     async def _service(self, session: Session, settled: Settled) -> None:

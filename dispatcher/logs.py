@@ -53,6 +53,7 @@ class _Lines:
         self.lost = 0
         """Lines that could not be written since the start."""
         self._kept: list[bytes] | None = None
+        self._torn = b""
 
     def info(self, line: str | bytes) -> None:
         encoded = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
@@ -75,12 +76,16 @@ class _Lines:
             self._write(kept)
 
     def _write(self, lines: list[bytes]) -> None:
-        left = b"".join(line + b"\n" for line in lines)
+        # What is left of a line that was cut short must not spoil the next one.
+        data = self._torn + b"".join(line + b"\n" for line in lines)
+        written = 0
         try:
-            while left:
-                left = left[os.write(sys.stdout.fileno(), left) :]
+            while written < len(data):
+                written += os.write(sys.stdout.fileno(), data[written:])
         except OSError:
-            self.lost += len(lines)
+            self.lost += data[written:].count(b"\n")
+        if written:
+            self._torn = b"" if data[written - 1 : written] == b"\n" else b"\n"
 
 
 lines: Final = _Lines()

@@ -22,6 +22,10 @@ from dispatcher.settings import Settings
 ROUND: Final = 2.0
 """Seconds between two rounds at most."""
 
+STILL: Final = 2 / 3
+"""Of a lease: a rescuer that stood still for longer, perhaps with the database and all others,
+gives them time to beat. A lease that is renewed in time has three quarters left, or more."""
+
 FORGET: Final = 3600.0
 """Seconds between two looks for workers to forget."""
 
@@ -43,6 +47,7 @@ class Rescuer:
         self._metrics = metrics
         self._database = database
         self._rescue_at = 0.0
+        self._stirred_at = clock.now()
         self._retry_at = 0.0
         self._forget_at = 0.0
 
@@ -71,12 +76,19 @@ class Rescuer:
                 self._session, self._settings.unknown_retry_after
             ):
                 self._tell(row)
-        if now >= self._rescue_at:
-            self._rescue_at = now + self._settings.lease / 6
-            await self._rescue()
+        await self._rescue_in_time()
         if now >= self._forget_at:
             self._forget_at = now + FORGET
             await workers.forget(self._session)
+
+    async def _rescue_in_time(self) -> None:
+        now, before = clock.now(), self._stirred_at
+        self._stirred_at = now
+        if now - before > self._settings.lease * STILL:
+            self.hold_off()
+        if now >= self._rescue_at:
+            self._rescue_at = now + self._settings.lease / 6
+            await self._rescue()
 
     async def _rescue(self) -> None:
         while rows := await outbox.rescue(self._session):

@@ -233,9 +233,10 @@ class Sender:
                     seconds=seconds,
                 )
             case NeverLeft(reason=reason, withheld=True):
+                expired = outcomes.EXPIRED_IN_DOUBT if message.doubted else outcomes.EXPIRED
                 return Settled(
                     message,
-                    outcomes.EXPIRED if reason == OVERDUE else outcomes.RELEASED,
+                    expired if reason == OVERDUE else outcomes.RELEASED,
                     answered=False,
                     withheld=True,
                 )

@@ -393,6 +393,7 @@ class Worker:
             extended=row["extended"],
             attempt=row["attempts"] + 1,
             failures=row["failures"],
+            doubted=row["doubts"] > 0,
             claimed_at=began,
             slot=None if row["slot"] is None else local(row["slot"]),
             delay=row["delay"] or 0.0,

@@ -73,7 +73,11 @@ def holds(found: Story) -> Iterator[Hold]:
     message, now = found.message, found.message["now"]
     service = message["service_id"]
     if message["expires_at"] is not None and message["expires_at"] <= now:
-        yield Hold("Its expires_at has passed; it is about to become expired.", None)
+        yield Hold(
+            "Its expires_at has passed; it goes no more"
+            + (", and will be in doubt again." if message["doubts"] else " and will be expired."),
+            None,
+        )
     if message["send_after"] > now:
         yield Hold("It is not to go before its send_after.", message["send_after"])
     if message["retry_at"] is not None and message["retry_at"] > now:

@@ -101,7 +101,7 @@ SET banned_until = CASE WHEN e.banned_until IS NOT NULL THEN
         clock_timestamp() + greatest(e.ill_wait, make_interval(secs => $2)) END
 WHERE e.name = $1
     AND greatest(e.banned_until, e.ill_until) <= clock_timestamp()
-RETURNING e.banned_until, e.ill_until
+RETURNING e.ban_episode, e.banned_until, e.ill_until
 """
 
 
@@ -146,19 +146,22 @@ SET ban_wait = least(
     ill_wait = NULL
 WHERE e.name = $1
     AND e.ban_episode = $5
+    AND e.banned_until IS NOT DISTINCT FROM $6
     AND (e.banned_until IS NOT NULL OR e.ill_until IS NOT NULL)
 RETURNING e.ban_episode, e.banned_until
 """
 
 
 async def probe_banned(
-    session: Session, name: str, episode: int, first: float, most: float, jitter: float
+    session: Session, name: str, probe: Probe, first: float, most: float, jitter: float
 ) -> Record | None:
-    """Go on waiting for a ban to end, unless another has begun since, or traffic has resumed.
+    """Go on waiting for a ban to end, unless another probe was taken, or traffic has resumed.
 
     Returns the episode. Raises DatabaseLost.
     """
-    rows = await session.fetch(_PROBE_BANNED, name, first, most, jitter, episode)
+    rows = await session.fetch(
+        _PROBE_BANNED, name, first, most, jitter, probe.ban_episode, probe.banned_until
+    )
     return rows[0] if rows else None
 
 
@@ -200,6 +203,7 @@ WITH resumed AS (
     SET banned_until = NULL, ban_wait = NULL, ill_until = NULL, ill_wait = NULL
     WHERE e.name = $1
         AND e.ban_episode = $2
+        AND e.banned_until IS NOT DISTINCT FROM $3
         AND (e.banned_until IS NOT NULL OR e.ill_until IS NOT NULL)
     RETURNING e.name
 )
@@ -207,9 +211,9 @@ SELECT resumed.*, pg_notify('dispatcher', 'open:' || $1) FROM resumed
 """
 
 
-async def resume(session: Session, name: str, episode: int) -> bool:
-    """Open an egress, unless a ban has begun since `episode`; tells whether it did so.
+async def resume(session: Session, name: str, probe: Probe) -> bool:
+    """Open an egress, unless a ban has begun since its probe or it was probed again.
 
-    Raises DatabaseLost.
+    Tells whether it did so. Raises DatabaseLost.
     """
-    return bool(await session.fetch(_RESUME, name, episode))
+    return bool(await session.fetch(_RESUME, name, probe.ban_episode, probe.banned_until))

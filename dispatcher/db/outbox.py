@@ -298,7 +298,7 @@ written AS (
     WHERE o.id = j.id AND j.verdict IS NOT NULL AND o.id = ANY (ARRAY(SELECT k.id FROM judged k))
     RETURNING
         o.id, o.service_id, o.status, o.claim_no, j.number, o.msisdn, o.text, o.extended,
-        o.attempts, o.failures, o.expires_at, o.error
+        o.attempts, o.failures, o.doubts, o.expires_at, o.error
 ),
 taken AS MATERIALIZED (
     SELECT w.service_id, count(*)::integer AS messages
@@ -329,14 +329,14 @@ SELECT
     extract(epoch FROM CASE WHEN a.delay IS NOT NULL THEN s.slot END)::float8 AS slot,
     extract(epoch FROM a.send_before)::float8 AS send_before,
     extract(epoch FROM w.expires_at)::float8 AS expires,
-    a.delay, NULL AS spent, NULL::boolean AS slots_short, s.place
+    a.delay, NULL AS spent, NULL::boolean AS slots_short, s.place, w.doubts
 FROM written w
 JOIN allowed a USING (service_id)
 LEFT JOIN sendable s USING (id)
 UNION ALL
 SELECT
     'unread', j.service_id, j.id, NULL, NULL, NULL, NULL, j.msisdn,
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 FROM judged j
 WHERE j.verdict IS NULL
 UNION ALL
@@ -351,7 +351,7 @@ SELECT
         WHEN a.day_left <= coalesce(t.messages, 0) THEN 'day'
         WHEN a.week_left <= coalesce(t.messages, 0) THEN 'week'
         WHEN a.month_left <= coalesce(t.messages, 0) THEN 'month'
-    END, a.slots_short, a.places_allowed
+    END, a.slots_short, a.places_allowed, NULL
 FROM allowed a
 JOIN pace p USING (service_id)
 LEFT JOIN taken t USING (service_id)
@@ -366,7 +366,7 @@ class Claim:
     sending: list[Record]
     """Claimed, debited, and with their slot: to be sent."""
     refused: list[Record]
-    """Recorded as `expired` or `rejected`, without a request."""
+    """Recorded as `expired`, `rejected` or again as `unknown`, without a request."""
     unread: list[Record]
     """Left as they were: their number has to be read first."""
     services: list[Record]
@@ -500,7 +500,6 @@ recorded AS (
     SET status = CASE
             -- A doubt that comes late tells nothing new.
             WHEN r.status = 'unknown' AND o.status <> 'sending' THEN o.status
-            WHEN r.status = 'expired' AND o.doubts > 0 THEN 'unknown'
             WHEN r.status <> 'pending' THEN r.status
             WHEN o.cancel THEN 'cancelled'
             WHEN o.status IN ('cancelled', 'expired') THEN o.status
@@ -510,7 +509,10 @@ recorded AS (
         attempts = o.attempts + r.counted::integer - (o.status <> 'sending')::integer,
         reply = coalesce(r.reply, o.reply),
         provider_id = r.provider_id,
-        error = r.error,
+        error = CASE
+            WHEN r.status = 'unknown' AND o.status NOT IN ('sending', 'unknown') THEN o.error
+            ELSE r.error
+        END,
         retry_at = clock_timestamp() + make_interval(secs => r.retry_in),
         failures = CASE WHEN r.failed THEN least(o.failures + 1, 1000) ELSE 0 END,
         worker_id = NULL,

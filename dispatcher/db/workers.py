@@ -58,7 +58,11 @@ async def database(session: Session) -> str:
     """
     try:
         rows = await session.fetch(_DATABASE)
-    except asyncpg.InsufficientPrivilegeError:
+    except (
+        asyncpg.InsufficientPrivilegeError,
+        asyncpg.UndefinedFunctionError,
+        asyncpg.FeatureNotSupportedError,
+    ):
         return ""
     return str(rows[0]["database"])
 

@@ -26,6 +26,7 @@ class Status(StrEnum):
 class Probe:
     """The probe of a closed egress as its worker took it: until when nobody else takes one."""
 
+    ban_episode: int
     banned_until: datetime | None
     ill_until: datetime | None
 
@@ -49,6 +50,8 @@ class Message:
     """Which request this would be, from 1."""
     failures: int
     """How often in a row a request for it never left."""
+    doubted: bool
+    """Sent before, without an answer."""
     claimed_at: float
     slot: float | None
     """When its service's pace lets it go; None for a service without a pace."""

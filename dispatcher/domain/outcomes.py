@@ -166,6 +166,14 @@ def tellable(reply: str | None, text: str) -> str | None:
     return reply if _WORD.fullmatch(reply) and reply.rstrip(":") not in text else None
 
 
+EXPIRED_IN_DOUBT: Final = replace(
+    EXPIRED,
+    status=Status.UNKNOWN,
+    error="It may have been sent; its expires_at passed before it could go again.",
+)
+"""The same for a message that was in doubt before."""
+
+
 def printable(body: bytes) -> str:
     """The answer as kept with the message: cut, and with a mark for what cannot be shown."""
     text = body[: 4 * REPLY_LIMIT].decode("utf-8", "replace").strip()

@@ -10,13 +10,16 @@ depends_on = None
 # They would look for our tables and functions where the application looks for its own.
 SEARCH_PATH = """
 DO $$
+DECLARE
+    ours text;
 BEGIN
+    SELECT p.pronamespace::regnamespace INTO STRICT ours
+    FROM pg_proc p
+    WHERE p.oid = 'dispatcher_wake()'::regprocedure;
     EXECUTE format(
-        'ALTER FUNCTION dispatcher_wake() SECURITY DEFINER SET search_path = %I, pg_temp',
-        current_schema());
+        'ALTER FUNCTION dispatcher_wake() SECURITY DEFINER SET search_path = %s, pg_temp', ours);
     EXECUTE format(
-        'ALTER FUNCTION dispatcher_check_service() SET search_path = %I, pg_temp',
-        current_schema());
+        'ALTER FUNCTION dispatcher_check_service() SET search_path = %s, pg_temp', ours);
 END
 $$
 """

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from dispatcher.db import egress, outbox, quota, repair, reports, workers
 from dispatcher.db.pool import Session
-from dispatcher.domain.message import Status
+from dispatcher.domain.message import Probe, Status
 from dispatcher.domain.msisdn import normalise
 from dispatcher.domain.outcomes import RELEASED, Outcome, Signal, classify, doubt, never_left
 from tests.integration.peers import Connection, midweek
@@ -587,11 +587,11 @@ class Dispatcher(RuleBasedStateMachine):
     @event(1, banned=[False] * 5 + [True])
     def ban(self, *, banned: bool) -> None:
         """The provider bans our address, or lets us in again."""
-        episode = self.do(egress.state(self.session, "default")).ban_episode
+        (found,) = self.sql("SELECT ban_episode, banned_until, ill_until FROM egress")
         if banned:
-            self.do(egress.ban(self.session, "default", episode, 3600, 1))
+            self.do(egress.ban(self.session, "default", found["ban_episode"], 3600, 1))
         else:
-            self.do(egress.resume(self.session, "default", episode))
+            self.do(egress.resume(self.session, "default", Probe(*found)))
         self.banned = banned
 
     @event(1)

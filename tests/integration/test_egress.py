@@ -54,6 +54,12 @@ async def take_due(connection: Connection, worker: Peer) -> Probe:
     return probe
 
 
+async def taken(connection: Connection, ban_episode: int) -> Probe:
+    """A probe of an episode, as if it had been taken just now."""
+    found = await row(connection)
+    return Probe(ban_episode, found["banned_until"], found["ill_until"])
+
+
 async def test_open_at_first(worker: Peer) -> None:
     """An egress that nobody knows anything of is open."""
     assert await egress.state(worker.session, NAME) == egress.State(
@@ -90,7 +96,7 @@ async def test_many_answers_are_one_ban(database: str, connection: Connection) -
 async def test_late_answer_of_an_old_episode(connection: Connection, worker: Peer) -> None:
     """A request that began before traffic resumed opens no new episode; one after it does."""
     await egress.ban(worker.session, NAME, 0, 60, 1)
-    await egress.resume(worker.session, NAME, 1)
+    await egress.resume(worker.session, NAME, await taken(connection, 1))
 
     assert await egress.ban(worker.session, NAME, 0, 60, 1) is None
     assert (await egress.state(worker.session, NAME)).open
@@ -103,7 +109,9 @@ async def test_probe_answered_by_a_ban(connection: Connection, worker: Peer) -> 
     await egress.ban(worker.session, NAME, 0, 10, 1)
     waits = []
     for _ in range(4):
-        told = await egress.probe_banned(worker.session, NAME, 1, 10, 45, 1.1)
+        told = await egress.probe_banned(
+            worker.session, NAME, await taken(connection, 1), 10, 45, 1.1
+        )
         assert told is not None
         assert told["ban_episode"] == 1
         stored = await row(connection)
@@ -114,13 +122,37 @@ async def test_probe_answered_by_a_ban(connection: Connection, worker: Peer) -> 
     assert waits == [20, 40, 45, 45]
 
 
+async def test_answer_of_a_probe_counts_once(connection: Connection, worker: Peer) -> None:
+    """Told again, for the database's word was lost, a probe's ban doubles nothing once more."""
+    await egress.ban(worker.session, NAME, 0, 10, 1)
+    probe = await take_due(connection, worker)
+
+    assert await egress.probe_banned(worker.session, NAME, probe, 10, 3600, 1) is not None
+    assert await egress.probe_banned(worker.session, NAME, probe, 10, 3600, 1) is None
+
+    assert (await row(connection))["ban_wait"] == timedelta(seconds=20)
+
+
+async def test_late_answer_of_a_probe(connection: Connection, worker: Peer) -> None:
+    """Once another probe was taken, that one alone says whether the ban is over."""
+    await egress.ban(worker.session, NAME, 0, 10, 1)
+    late = await take_due(connection, worker)
+    await take_due(connection, worker)
+
+    assert not await egress.resume(worker.session, NAME, late)
+    assert await egress.probe_banned(worker.session, NAME, late, 10, 3600, 1) is None
+
+    assert (await egress.state(worker.session, NAME)).banned
+    assert (await row(connection))["ban_wait"] == timedelta(seconds=10)
+
+
 async def test_wait_falls_back_to_the_start(connection: Connection, worker: Peer) -> None:
     """Once traffic has resumed the next ban begins with the first wait again."""
     await egress.ban(worker.session, NAME, 0, 10, 1)
-    await egress.probe_banned(worker.session, NAME, 1, 10, 3600, 1)
+    await egress.probe_banned(worker.session, NAME, await taken(connection, 1), 10, 3600, 1)
 
-    assert await egress.resume(worker.session, NAME, 1)
-    assert not await egress.resume(worker.session, NAME, 1)
+    assert await egress.resume(worker.session, NAME, await taken(connection, 1))
+    assert not await egress.resume(worker.session, NAME, await taken(connection, 1))
     await egress.ban(worker.session, NAME, 1, 10, 1)
 
     assert (await row(connection))["ban_wait"] == timedelta(seconds=10)
@@ -129,10 +161,10 @@ async def test_wait_falls_back_to_the_start(connection: Connection, worker: Peer
 async def test_late_resume_of_an_old_episode(connection: Connection, worker: Peer) -> None:
     """What a probe has found does not lift a ban that began after it."""
     await egress.ban(worker.session, NAME, 0, 10, 1)
-    await egress.resume(worker.session, NAME, 1)
+    await egress.resume(worker.session, NAME, await taken(connection, 1))
     await egress.ban(worker.session, NAME, 1, 10, 1)
 
-    assert not await egress.resume(worker.session, NAME, 1)
+    assert not await egress.resume(worker.session, NAME, await taken(connection, 1))
 
     assert (await egress.state(worker.session, NAME)).banned
 
@@ -145,12 +177,18 @@ async def test_late_word_of_an_old_probe(connection: Connection, worker: Peer) -
     before = await row(connection)
 
     await egress.return_probe(worker.session, NAME, probe)
-    assert await egress.probe_banned(worker.session, NAME, 0, 10, 10, 1) is None
+    assert (
+        await egress.probe_banned(worker.session, NAME, await taken(connection, 0), 10, 10, 1)
+        is None
+    )
 
     assert (await row(connection))["ban_wait"] == before["ban_wait"]
     assert ((await egress.state(worker.session, NAME)).probe_in or 0) > 59
-    await egress.resume(worker.session, NAME, 1)
-    assert await egress.probe_banned(worker.session, NAME, 1, 10, 10, 1) is None
+    await egress.resume(worker.session, NAME, await taken(connection, 1))
+    assert (
+        await egress.probe_banned(worker.session, NAME, await taken(connection, 1), 10, 10, 1)
+        is None
+    )
     assert (await egress.state(worker.session, NAME)).open
 
 
@@ -227,7 +265,7 @@ async def test_open_egress_has_no_probe(connection: Connection, worker: Peer) ->
     assert await egress.take_probe(worker.session, NAME, 5) is None
     await egress.sicken(worker.session, NAME)
     probe = await take_due(connection, worker)
-    await egress.resume(worker.session, NAME, 0)
+    await egress.resume(worker.session, NAME, await taken(connection, 0))
     await egress.return_probe(worker.session, NAME, probe)
     assert (await egress.state(worker.session, NAME)).open
 
@@ -279,7 +317,7 @@ async def test_ban_found_by_the_probe_of_an_illness(connection: Connection, work
     """A probe of an ill provider that is answered by a ban ends the illness and begins the ban."""
     await egress.sicken(worker.session, NAME)
 
-    told = await egress.probe_banned(worker.session, NAME, 0, 60, 3600, 1)
+    told = await egress.probe_banned(worker.session, NAME, await taken(connection, 0), 60, 3600, 1)
 
     assert told is not None
     stored = await row(connection)
@@ -298,7 +336,7 @@ async def test_both_at_once(connection: Connection, worker: Peer) -> None:
     await connection.execute("UPDATE egress SET banned_until = now()")
     assert await egress.take_probe(worker.session, NAME, 5) is None
 
-    assert await egress.resume(worker.session, NAME, 1)
+    assert await egress.resume(worker.session, NAME, await taken(connection, 1))
 
     assert (await egress.state(worker.session, NAME)).open
 
@@ -318,8 +356,8 @@ async def test_all_are_told(database: str, connection: Connection, worker: Peer)
 
     await egress.ban(worker.session, NAME, 0, 60, 1)
     await egress.ban(worker.session, NAME, 0, 60, 1)
-    await egress.resume(worker.session, NAME, 1)
-    await egress.resume(worker.session, NAME, 1)
+    await egress.resume(worker.session, NAME, await taken(connection, 1))
+    await egress.resume(worker.session, NAME, await taken(connection, 1))
     await egress.sicken(worker.session, NAME)
 
     async with asyncio.timeout(10):

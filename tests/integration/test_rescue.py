@@ -288,11 +288,13 @@ async def test_late_doubt_changes_nothing(connection: Connection, worker: Peer) 
     await connection.execute("UPDATE service SET on_unknown = 'retry'")
     waits, cancelled = [await add_message(connection) for _ in range(2)]
     rows = (await worker.claim()).sending
-    await connection.execute("UPDATE outbox SET status = 'unknown', attempts = 1")
+    await connection.execute("UPDATE outbox SET status = 'unknown', attempts = 1, error = 'gone'")
     assert len(await outbox.retry_unknown(worker.session, 0)) == 2
     await connection.execute("UPDATE outbox SET status = 'cancelled' WHERE id = $1", cancelled)
 
     await worker.record(rows, doubt("No answer came (reset)."))
 
-    assert (await message(connection, waits))["status"] == "pending"
-    assert (await message(connection, cancelled))["status"] == "cancelled"
+    for message_id, status in ((waits, "pending"), (cancelled, "cancelled")):
+        stored = await message(connection, message_id)
+        assert (stored["status"], stored["error"]) == (status, "gone")
+        assert stored["worker_id"] is None

@@ -399,8 +399,9 @@ async def test_probe_that_is_withheld_late(
         async with asyncio.timeout(30):
             await asked.wait()
         await connection.execute("UPDATE egress SET banned_until = now(), ban_wait = '30 min'")
-        assert await egress.take_probe(other.session, "default", 45) is not None
-        assert await egress.probe_banned(other.session, "default", 1, 60, 3600, 1) is not None
+        probe = await egress.take_probe(other.session, "default", 45)
+        assert probe is not None
+        assert await egress.probe_banned(other.session, "default", probe, 60, 3600, 1) is not None
         thaw.set()
         await returned.more(1)
         await until(connection, pending=1)
@@ -642,13 +643,13 @@ async def test_others_may_beat_after_an_outage(
                 await losses.another("rescue")
         await run.event("worker.started")
         await run.event("database.back")
-        for passing in (0, LEASE - 1):
+        for passing in (0, LEASE / 2, LEASE / 2 - 1):
             clock.time += passing
             await go_round(connection)
             assert not run.seen("worker.rescued")
         await connection.execute("UPDATE worker SET lease = '1 h' WHERE id = $1", beating.worker_id)
         await workers.beat(beating.session, beating.worker_id)
-        clock.time += LEASE
+        clock.time += 1
         rescued = await run.event("worker.rescued")
         await go_round(connection)
         await beating.record(rows)
@@ -658,3 +659,36 @@ async def test_others_may_beat_after_an_outage(
     assert len(run.seen("worker.rescued")) == 1
     assert (await message(connection, kept))["status"] == "accepted"
     assert (await message(connection, lost))["status"] == "unknown"
+
+
+async def test_rescuer_that_stood_still(
+    database: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a freeze of the rescuer, perhaps of all, others have a whole lease to beat."""
+    clock = SimpleNamespace(time=0.0)
+    monkeypatch.setattr(rescuer, "clock", SimpleNamespace(now=lambda: clock.time))
+    monkeypatch.setattr(rescuer, "ROUND", 0.01)
+    await add_service(connection)
+    await add_service(connection, SERVICE + 1, paused=True)
+    await add_message(connection)
+    async with (
+        peer(database) as silent,
+        running(database, "http://127.0.0.1:1/", tmp_path, lease=LEASE) as run,
+    ):
+        assert (await silent.claim(1)).sending
+        await run.event("worker.started")
+        await go_round(connection)
+        clock.time += LEASE
+        await go_round(connection)
+        # Short, as the server of the tests has not run for a long one.
+        await connection.execute(
+            "UPDATE worker SET lease = '1 s', lease_until = clock_timestamp() WHERE host = 'test'"
+        )
+        for passing in (LEASE / 2, LEASE / 2 - 1):
+            clock.time += passing
+            await go_round(connection)
+            assert not run.seen("worker.rescued")
+        clock.time += 1
+        rescued = await run.event("worker.rescued")
+
+    assert rescued["worker_id"] == silent.worker_id

@@ -71,6 +71,27 @@ log.info("told.again", lost=logs.lines.lost)
 """
 
 
+TORN = """
+import fcntl, os, sys, structlog
+from dispatcher import logs
+logs.configure("json", "info")
+log = structlog.get_logger()
+stdout = os.dup(1)
+read, write = os.pipe()
+fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+os.set_blocking(write, False)
+os.dup2(write, 1)
+with logs.lines.together():
+    for number in range(100):
+        log.info("told.partly", number=number)
+partly = os.read(read, 1_000_000)
+log.info("told.again")
+again = os.read(read, 1_000_000)
+os.dup2(stdout, 1)
+log.info("told.lost", lines=logs.lines.lost, partly=partly.decode(), again=again.decode())
+"""
+
+
 def output(program: str) -> tuple[str, str]:
     """What a program prints on standard output and on standard error."""
     done = subprocess.run(
@@ -170,3 +191,14 @@ def test_nobody_listens(form: str) -> None:
     (line,) = out.splitlines()
     assert "told.again" in line
     assert re.search(r"lost\W+2\b", line)
+
+
+def test_cut_short() -> None:
+    """Of lines that do not all find room those are counted that were lost, and none is spoilt."""
+    (told,) = events(TORN)
+    whole = told["partly"].split("\n")[:-1]
+
+    assert 0 < len(whole) < 100
+    assert [json.loads(line)["number"] for line in whole] == list(range(len(whole)))
+    assert told["lines"] == 100 - len(whole)
+    assert json.loads(told["again"].splitlines()[-1])["event"] == "told.again"

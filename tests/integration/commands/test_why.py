@@ -97,7 +97,10 @@ async def test_everything_that_holds(
     [
         ("UPDATE service SET paused = true", "Service 42 is paused; 'dispatcher service resume "),
         ("UPDATE worker SET lease_until = now()", "No worker is alive; start one with"),
-        ("UPDATE outbox SET expires_at = now()", "Its expires_at has passed; it is about to"),
+        (
+            "UPDATE outbox SET expires_at = now()",
+            "Its expires_at has passed; it goes no more and will be expired",
+        ),
     ],
 )
 async def test_somebody_has_to_act(
