@@ -28,7 +28,7 @@ setup: .venv/ready ## Build .venv from the lock file (the others do it by themse
 	rm -rf $(@D); \
 	$$python -m venv $(@D); \
 	packages=$$(grep -c == $(LOCK)); \
-	echo "Installing up to $$packages locked packages, in a minute or so"; \
+	echo "Installing up to $$packages locked packages, in a minute or two"; \
 	if [ -z "$(UV)" ] || ! { "$(UV)" pip install --quiet --compile-bytecode \
 	        --python $(@D)/bin/python --require-hashes --requirement $(LOCK) || { echo "pip takes over" >&2; false; }; }; then \
 	    $(@D)/bin/python -m pip install -qq --disable-pip-version-check \

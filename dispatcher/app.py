@@ -166,7 +166,11 @@ class App:
                 os._exit(1)
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        # Its terminal is closed; who started it with nohup wants it to go on.
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             loop.add_signal_handler(number, handle)
 
     def _unready(self) -> str | None:

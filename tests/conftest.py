@@ -41,8 +41,10 @@ setattr(aioresponses.core, "ClientResponse", _MockedResponse)  # noqa: B010 - my
 
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the server's directory, in the process that is started first."""
-    # A shell that starts the run in its background has it ignored, by all that the tests start.
+    # A shell that starts the run in its background has the first ignored, nohup the second, by all
+    # that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if SERVER_DIRECTORY not in os.environ:
         directory = scratch.directory("tests")
         _directories.append(directory)

@@ -152,7 +152,7 @@ def _provider(settings: Settings) -> Finding:
 
 
 def _http(settings: Settings, health: Health | None) -> Finding:
-    reports = "on" if settings.dlr_token is not None else "off, for DISPATCHER_DLR_TOKEN is not set"
+    reports = "on" if settings.dlr_token is not None else "off, no DISPATCHER_DLR_TOKEN here"
     if settings.http_port == 0:
         return Finding(
             "reports",

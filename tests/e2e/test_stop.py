@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from signal import SIGINT, SIGTERM
+from signal import SIGHUP, SIGINT, SIGTERM, Signals
+
+import pytest
 
 from tests.builders import add_messages, add_service
 from tests.e2e.harness import (
@@ -51,8 +53,9 @@ async def test_drain(database: str, connection: Connection) -> None:
     assert not (run.folder / "spool").exists()
 
 
+@pytest.mark.parametrize("number", [SIGINT, SIGHUP])
 async def test_drain_gives_back_what_waits_for_its_slot(
-    database: str, connection: Connection
+    database: str, connection: Connection, number: Signals
 ) -> None:
     """Messages that wait for their pace do not leave any more, and cost nothing."""
     await add_service(connection)
@@ -60,7 +63,7 @@ async def test_drain_gives_back_what_waits_for_its_slot(
     await add_messages(connection, 20)
     async with simulator() as provider, worker(database, provider.url) as run:
         await in_flight(provider, 1)
-        code = await run.stop(SIGINT)
+        code = await run.stop(number)
         received = await provider.received()
 
     sent = received["requests"]

@@ -182,7 +182,7 @@ async def test_reports_off_and_on(
     command: Command, provider: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether reports are taken is told by the token."""
-    assert "reports: off, for DISPATCHER_DLR_TOKEN is not set" in (await command("check")).out
+    assert "reports: off, no DISPATCHER_DLR_TOKEN here" in (await command("check")).out
     monkeypatch.setenv("DISPATCHER_DLR_TOKEN", "secret")
 
     shown = (await command("check")).out
