@@ -15,7 +15,7 @@ import structlog
 
 from dispatcher import clock
 from dispatcher.db import egress, quota, services
-from dispatcher.db.pool import Session
+from dispatcher.db.pool import Record, Session
 from dispatcher.domain.message import Message, Probe
 from dispatcher.domain.outcomes import Outcome, Signal
 from dispatcher.domain.retry import JITTER, unreachable_delay
@@ -168,12 +168,15 @@ class Breaker:
         begun = await egress.ban(
             session, name, message.ban_episode, self._settings.ban_backoff, _jitter()
         )
-        if begun is not None:
+        self._tell_banned(begun)
+
+    def _tell_banned(self, row: Record | None) -> None:
+        if row is not None:
             log.warning(
                 "egress.banned",
-                egress=name,
-                episode=begun["ban_episode"],
-                until=begun["banned_until"],
+                egress=self._settings.egress,
+                episode=row["ban_episode"],
+                until=row["banned_until"],
             )
 
     async def _probed_egress(self, session: Session, settled: Settled, probe: Probe) -> None:
@@ -193,13 +196,7 @@ class Breaker:
                 self._settings.ban_backoff_max,
                 _jitter(),
             )
-            if row is not None:
-                log.warning(
-                    "egress.banned",
-                    egress=name,
-                    episode=row["ban_episode"],
-                    until=row["banned_until"],
-                )
+            self._tell_banned(row)
         elif await egress.resume(session, name, probe):
             log.info("egress.resumed", egress=name)
 
