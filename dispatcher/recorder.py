@@ -17,9 +17,9 @@ from dispatcher import clock, logs
 from dispatcher.breaker import Breaker, Settled
 from dispatcher.db import outbox
 from dispatcher.db.pool import DatabaseLost, Session
-from dispatcher.domain import outcomes
 from dispatcher.domain.message import Status
 from dispatcher.domain.msisdn import masked
+from dispatcher.domain.outcomes import tellable
 from dispatcher.metrics import NOT_SENT, Metrics
 
 LINGER: Final = 0.01
@@ -190,7 +190,7 @@ class Recorder:
                     "message.superseded",
                     id=settled.message.id,
                     service_id=settled.message.service_id,
-                    reply=outcomes.tellable(settled.outcome.reply, settled.message.text),
+                    reply=_reply(settled),
                     status=settled.outcome.status,
                 )
         for alike, messages in told.items():
@@ -216,7 +216,7 @@ class Recorder:
             id=message.id,
             service_id=message.service_id,
             msisdn=masked(message.msisdn),
-            reply=outcomes.tellable(outcome.reply, message.text),
+            reply=_reply(settled),
             provider_id=outcome.provider_id,
             attempt=message.attempt,
             latency_ms=round(settled.seconds * 1000, 1),
@@ -235,6 +235,12 @@ class Recorder:
             None if settled.left_at is None else clock.now() - settled.left_at,
             settled.seconds,
         )
+
+
+def _reply(settled: Settled) -> str | None:
+    # What was understood has been looked at: it is one of the table's.
+    reply = settled.outcome.reply
+    return reply if settled.answered else tellable(reply, settled.message.text)
 
 
 def _answer(settled: Settled) -> str:

@@ -152,6 +152,13 @@ EXPIRED: Final = Outcome(
     costs_quota=False,
 )
 
+EXPIRED_IN_DOUBT: Final = replace(
+    EXPIRED,
+    status=Status.UNKNOWN,
+    error="It may have been sent; its expires_at passed before it could go again.",
+)
+"""The same for a message that was in doubt before."""
+
 
 _WORD: Final = re.compile(r"[A-Za-z_]{1,40}:?")
 
@@ -164,14 +171,6 @@ def tellable(reply: str | None, text: str) -> str | None:
     if reply is None or reply in ANSWERS or _ACCEPTED_WITH_ID.fullmatch(reply):
         return reply
     return reply if _WORD.fullmatch(reply) and reply.rstrip(":") not in text else None
-
-
-EXPIRED_IN_DOUBT: Final = replace(
-    EXPIRED,
-    status=Status.UNKNOWN,
-    error="It may have been sent; its expires_at passed before it could go again.",
-)
-"""The same for a message that was in doubt before."""
 
 
 def printable(body: bytes) -> str:
