@@ -671,12 +671,13 @@ async def test_rescuer_that_stood_still(
     await add_service(connection)
     await add_service(connection, SERVICE + 1, paused=True)
     await add_message(connection)
-    async with (
-        peer(database) as silent,
-        running(database, "http://127.0.0.1:1/", tmp_path, lease=LEASE) as run,
-    ):
+    async with AsyncExitStack() as stack:
+        silent = await stack.enter_async_context(peer(database))
+        # Before there is a worker that would claim it.
         assert (await silent.claim(1)).sending
-        await run.event("worker.started")
+        run = await stack.enter_async_context(
+            running(database, "http://127.0.0.1:1/", tmp_path, lease=LEASE)
+        )
         await go_round(connection)
         clock.time += LEASE
         await go_round(connection)
