@@ -349,7 +349,11 @@ class Worker:
         for row in claim.services:
             service = row["service_id"]
             seen.add(service)
-            if got[service] >= asked[service] or service in again:
+            if service in again:
+                continue
+            if got[service] >= asked[service]:
+                # While more waits than is asked for, what comes late need not go first.
+                self._heads[service] = self._heads.get(service, {}) | outbox.heads_in(row)
                 continue
             self._active.discard(service)
             if row["slots_short"]:

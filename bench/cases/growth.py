@@ -26,11 +26,11 @@ from dispatcher.domain import outcomes
 CLAIM: Final = 100
 """Messages claimed and recorded by one statement."""
 
-CLAIMS: Final = 30
-"""Statements of each kind that are timed."""
+BURSTS: Final = 4
+"""Times that each situation has its turn, after one more for the plans and the pages."""
 
-WARM: Final = 8
-"""Statements before those, for the plans and the pages."""
+CLAIMS: Final = 15
+"""Statements of each kind in one turn, after one survey: fewer than a worker that is busy runs."""
 
 SURVEY: Final = 1.0
 """Seconds from one survey to the next, as with the worker's default."""
@@ -105,6 +105,9 @@ class Statements:
             self._session, self._worker, dict.fromkeys(self._services, each), heads=self._heads
         )
         claimed = time.perf_counter()
+        if len(claim.sending) == each * len(self._services):
+            for row in claim.services:
+                self._heads.setdefault(row["service_id"], {}).update(outbox.heads_in(row))
         results = [
             outbox.Result(
                 row["id"],
@@ -174,14 +177,14 @@ async def _time_statements(server: Server, situations: Sequence[Situation]) -> N
             )
             for situation in situations
         ]
-        for number in range(-WARM, CLAIMS):
+        for number in range(1 + BURSTS):
             for situation, ours in zip(situations, statements, strict=True):
                 survey = await ours.survey()
-                _, claim, record = await ours.turn()
-                if number >= 0:
+                turns = [await ours.turn() for _ in range(CLAIMS)]
+                if number > 0:
                     situation.survey_ms.append(survey)
-                    situation.claim_ms.append(claim)
-                    situation.record_ms.append(record)
+                    situation.claim_ms += [claim for _, claim, _ in turns]
+                    situation.record_ms += [record for _, _, record in turns]
 
 
 @asynccontextmanager
@@ -289,7 +292,8 @@ async def measure(server: Server, size: Size) -> list[Finding]:
             [
                 (
                     "Claim, record and survey: the worker's own statements, each alone, "
-                    f"{CLAIMS} of each, in all situations in turn; medians and quartiles."
+                    f"a survey and {CLAIMS} claims and records, {BURSTS} times in all "
+                    "situations in turn; medians and quartiles."
                 ),
                 f"Urgent: {URGENT} messages of priority 9, from the commit to the arrival.",
             ],

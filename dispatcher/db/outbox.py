@@ -112,10 +112,15 @@ async def waiting(session: Session, egress: str) -> list[Waiting]:
             row["may_send"],
             row["probe_due"],
             row["windows_open"],
-            dict(zip(row["priorities"], zip(row["due"], row["ids"], strict=True), strict=True)),
+            heads_in(row),
         )
         for row in rows
     ]
+
+
+def heads_in(row: Record) -> dict[int, Head]:
+    """Where claims of a service may begin, by priority: as a survey or its last claim tells."""
+    return dict(zip(row["priorities"], zip(row["due"], row["ids"], strict=True), strict=True))
 
 
 # The array of ids in an UPDATE keeps the planner, which cannot know how few there are, from reading
@@ -226,12 +231,13 @@ picked AS MATERIALIZED (
         )
         SELECT
             first.id, first.msisdn, first.text, first.expires_at, first.doubts, first.number,
-            row_number() OVER () AS turn
+            lane.priority, first.due, row_number() OVER () AS turn
         FROM lane
         LEFT JOIN head h ON h.service_id = a.service_id AND h.priority = lane.priority
         CROSS JOIN LATERAL (
             SELECT
                 o.id, o.msisdn, o.text, o.expires_at, o.doubts,
+                greatest(o.send_after, o.retry_at) AS due,
                 coalesce(o.recipient, substring(o.msisdn FROM '^[1-9][0-9]{9,14}$')) AS number
             FROM outbox o
             WHERE o.status = 'pending'
@@ -276,6 +282,19 @@ judged AS MATERIALIZED (
             ) THEN 'The text matches none of the service''s patterns; change one of them.'
         END AS error
     ) refusal
+),
+passed AS (
+    SELECT
+        l.service_id,
+        array_agg(l.priority) AS priorities,
+        array_agg(l.due::text) AS due,
+        array_agg(l.id) AS ids
+    FROM (
+        SELECT DISTINCT ON (p.service_id, p.priority) p.service_id, p.priority, p.due, p.id
+        FROM picked p
+        ORDER BY p.service_id, p.priority, p.turn DESC
+    ) l
+    GROUP BY l.service_id
 ),
 sendable AS MATERIALIZED (
     SELECT
@@ -329,14 +348,16 @@ SELECT
     extract(epoch FROM CASE WHEN a.delay IS NOT NULL THEN s.slot END)::float8 AS slot,
     extract(epoch FROM a.send_before)::float8 AS send_before,
     extract(epoch FROM w.expires_at)::float8 AS expires,
-    a.delay, NULL AS spent, NULL::boolean AS slots_short, s.place, w.doubts
+    a.delay, NULL AS spent, NULL::boolean AS slots_short, s.place, w.doubts,
+    NULL::smallint[] AS priorities, NULL::text[] AS due, NULL::bigint[] AS ids
 FROM written w
 JOIN allowed a USING (service_id)
 LEFT JOIN sendable s USING (id)
 UNION ALL
 SELECT
     'unread', j.service_id, j.id, NULL, NULL, NULL, NULL, j.msisdn,
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    NULL, NULL, NULL
 FROM judged j
 WHERE j.verdict IS NULL
 UNION ALL
@@ -351,10 +372,11 @@ SELECT
         WHEN a.day_left <= coalesce(t.messages, 0) THEN 'day'
         WHEN a.week_left <= coalesce(t.messages, 0) THEN 'week'
         WHEN a.month_left <= coalesce(t.messages, 0) THEN 'month'
-    END, a.slots_short, a.places_allowed, NULL
+    END, a.slots_short, a.places_allowed, NULL, passed.priorities, passed.due, passed.ids
 FROM allowed a
 JOIN pace p USING (service_id)
 LEFT JOIN taken t USING (service_id)
+LEFT JOIN passed USING (service_id)
 ORDER BY kind, service_id, place
 """
 
@@ -370,7 +392,8 @@ class Claim:
     unread: list[Record]
     """Left as they were: their number has to be read first."""
     services: list[Record]
-    """What holds each service that was asked: its quota left, its slots."""
+    """What holds each service that was asked: its quota left, its slots; and its last messages,
+    from which a claim may go on if there are more."""
 
 
 class ClaimRefused(Exception):
@@ -392,7 +415,7 @@ async def claim(
 ) -> Claim:
     """Claim up to the given number of messages of each service, AT_MOST in all.
 
-    `heads`: as a survey has found them, by service; what is due earlier is left to the next one.
+    `heads`: where to begin, by service; what is due earlier is left to the next survey.
 
     Raises DatabaseLost, and then the claim may stand; `held` finds it. Raises ClaimRefused, and
     then nothing is claimed.

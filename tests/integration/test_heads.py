@@ -80,3 +80,22 @@ async def test_a_head_without_a_beginning(connection: Connection, worker: Peer) 
     await worker.claim(0)
 
     assert await _claim(worker, await _heads(worker)) == [ever["id"]]
+
+
+async def test_what_a_claim_tells_of_itself_leads_to_the_next(
+    connection: Connection, worker: Peer
+) -> None:
+    """Claims that each begin where the one before ended bring every message once, in order."""
+    await add_service(connection)
+    plain = [*await add_messages(connection, 5, send_after=NOW), await add_message(connection)]
+    urgent = await add_messages(connection, 4, priority=5)
+    await worker.claim(0)
+    heads = await _heads(worker)
+
+    claimed = []
+    for _ in range(4):
+        claim = await outbox.claim(worker.session, worker.worker_id, {SERVICE: 3}, heads=heads)
+        claimed += [row["id"] for row in claim.sending]
+        if len(claim.sending) == 3:
+            heads[SERVICE] |= outbox.heads_in(claim.services[0])
+    assert claimed == [*urgent, *plain]

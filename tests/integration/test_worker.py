@@ -693,3 +693,35 @@ async def test_rescuer_that_stood_still(
         rescued = await run.event("worker.rescued")
 
     assert rescued["worker_id"] == silent.worker_id
+
+
+async def test_claims_do_not_pass_what_was_claimed(
+    connection: Connection, database: str, tmp_path: Path
+) -> None:
+    """Beside an old snapshot, the last claim of a backlog looks at no more than the first."""
+    await add_service(connection)
+    await add_messages(connection, 1000)
+    holder = await asyncpg.connect(database)
+    try:
+        await holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        await holder.execute("SELECT FROM service")
+        async with (
+            provider() as simulator,
+            running(database, simulator.url, tmp_path, poll_interval=5.0),
+        ):
+            await until(connection, accepted=1000)
+    finally:
+        await holder.close()
+
+    async def gone() -> bool:
+        # A session tells what it read when it ends, at the latest.
+        return not await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'dispatcher%' "
+            "AND datname = current_database()"
+        )
+
+    await wait_for(gone, "the worker's sessions have ended")
+    read = await connection.fetchval(
+        "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'outbox_due'"
+    )
+    assert 1000 <= read < 10_000
