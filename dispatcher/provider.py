@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
-from typing import Final, Self, TypeAlias, cast
+from typing import Final, NamedTuple, Self, TypeAlias, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -41,8 +41,7 @@ Wait: TypeAlias = Callable[[], Awaitable[None]]
 """Waits, connection in hand, until a paced message is due."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A whole HTTP answer, of whatever status; the body's bytes are as received."""
 
     status: int
@@ -171,7 +170,9 @@ class Provider:
         """
         if self._connector.closed:
             raise RuntimeError("the client is closed")
-        number, content = _encoded(msisdn), _encoded(text)
+        # Percent-encoding is what Python does slowest here, and digits need none.
+        number = msisdn if msisdn.isascii() and msisdn.isdigit() else _encoded(msisdn)
+        content = _encoded(text)
         more = "&extended=yes" if extended else ""
         request = (
             f"{self._before}user_id={user_id:d}&service_id={service_id:d}"
@@ -222,7 +223,6 @@ class _Attempt:
         "_check",
         "_connector",
         "_loop",
-        "_protocol",
         "_request",
         "_route",
         "_task",
@@ -250,7 +250,6 @@ class _Attempt:
         self._wait = wait
         self._watchdog = watchdog
         self._loop = route.loop
-        self._protocol: ResponseHandler | None = None
         self.left_at: float | None = None
         self.received = b""
         self.deadline = 0.0
@@ -281,36 +280,49 @@ class _Attempt:
 
     async def exchange(self) -> Answer:
         """Send the request, and read the answer to its end."""
-        connection, head, content = await self._respond()
+        connection, protocol = await self._leave()
         try:
-            body = await self._read(head, content)
+            head, content = await protocol.read()
+            while _announces(head.code):
+                head, content = await protocol.read()
+            while not content.at_eof():
+                # Nearly always all is there, and a coroutine for it took longer than the reading.
+                room = MAX_ANSWER + 1 - len(self.received)
+                self._take(
+                    content.read_nowait(room) if content.is_eof() else await content.read(room)
+                )
+            _look_for_cut(head, protocol)
         except BaseException:
             connection.close()
             raise
         connection.release()
-        return Answer(head.code, body, self.seconds())
+        return Answer(head.code, self.received, self.seconds())
 
-    async def _respond(self) -> tuple[Connection, RawResponseMessage, aiohttp.StreamReader]:
-        """Send the request, and read the answer up to its body."""
+    async def _leave(self) -> tuple[Connection, ResponseHandler]:
+        """Write the request to a connection that can take it."""
         for _ in range(2):
             connection = await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
             try:
-                protocol = await self._write(connection)
-                if protocol is not None:
-                    return connection, *await _head(protocol)
+                if self._wait is not None:
+                    await self._due(self._wait)
+                protocol = self._write(connection)
             except BaseException:
                 connection.close()
                 raise
+            if protocol is not None:
+                return connection, protocol
             connection.close()
             # In this turn the loop learns of all connections that have closed meanwhile.
             await asyncio.sleep(0)
         raise _SendError("connection closed before the request")
 
-    async def _write(self, connection: Connection) -> ResponseHandler | None:
+    def _take(self, more: bytes) -> None:
+        self.received += more
+        if len(self.received) > MAX_ANSWER:
+            raise _SendError("answer too long")
+
+    def _write(self, connection: Connection) -> ResponseHandler | None:
         """Write the request if it may leave; None if the connection cannot take it any more."""
-        if self._wait is not None:
-            await self._due(self._wait)
-        # From here to the write there is no await.
         protocol = connection.protocol
         transport = None if protocol is None else protocol.transport
         if (
@@ -326,30 +338,9 @@ class _Attempt:
         protocol.set_response_params(
             read_until_eof=True, auto_decompress=False, read_bufsize=MAX_ANSWER, max_headers=64
         )
-        self._protocol = protocol
         self.left_at = time.monotonic()
         transport.write(self._request)
         return protocol
-
-    async def _read(self, head: RawResponseMessage, content: aiohttp.StreamReader) -> bytes:
-        """Read the body to its end, as it came.
-
-        A body without a length ends with the connection. One that was cut short there cannot be
-        told from a whole one, and such servers exist, so it is taken for whole if the connection
-        was closed in order; after a reset it is not, though aiohttp reports the end alike.
-        """
-        while not content.at_eof():
-            self.received += await content.read(MAX_ANSWER + 1 - len(self.received))
-            if len(self.received) > MAX_ANSWER:
-                raise _SendError("answer too long")
-        if (
-            "Content-Length" not in head.headers
-            and "Transfer-Encoding" not in head.headers
-            and self._protocol is not None
-            and isinstance(self._protocol.exception(), OSError)
-        ):
-            raise _SendError("answer cut short")
-        return self.received
 
     async def _due(self, wait: Wait) -> None:
         """Wait until the message is due; the deadline stands still meanwhile."""
@@ -369,12 +360,24 @@ class _Attempt:
         return 0.0 if self.left_at is None else time.monotonic() - self.left_at
 
 
-async def _head(protocol: ResponseHandler) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
-    """Read the answer's first line and headers, past those that only announce it."""
-    while True:
-        message, content = await protocol.read()
-        if not 100 <= message.code < 200 or message.code == HTTPStatus.SWITCHING_PROTOCOLS:
-            return message, content
+def _announces(status: int) -> bool:
+    """Whether a head only says that the answer's own is to come."""
+    return 100 <= status < 200 and status != HTTPStatus.SWITCHING_PROTOCOLS
+
+
+def _look_for_cut(head: RawResponseMessage, protocol: ResponseHandler) -> None:
+    """Raise for a body that was cut short, where aiohttp does not.
+
+    A body without a length ends with the connection. One that was cut short there cannot be told
+    from a whole one, and such servers exist, so it is taken for whole if the connection was closed
+    in order; after a reset it is not, though aiohttp reports the end alike.
+    """
+    if (
+        "Content-Length" not in head.headers
+        and "Transfer-Encoding" not in head.headers
+        and isinstance(protocol.exception(), OSError)
+    ):
+        raise _SendError("answer cut short")
 
 
 class _Watchdog:

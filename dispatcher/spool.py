@@ -111,9 +111,8 @@ async def _is_of(session: Session, path: Path) -> bool:
 
 def _flat(result: outbox.Result) -> dict[str, Any]:
     flat = asdict(result)
-    outcome: dict[str, Any] = flat.pop("outcome")
-    del outcome["signal"]  # its effect is for a moment that is over when this is read
-    flat.update(outcome)
+    flat.update(flat.pop("outcome")._asdict())
+    del flat["signal"]  # its effect is for a moment that is over when this is read
     return flat
 
 

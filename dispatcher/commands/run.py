@@ -1,6 +1,7 @@
 """The command `dispatcher run`."""
 
 import asyncio
+import gc
 import sys
 
 import typer
@@ -24,6 +25,10 @@ def run() -> None:
     DATABASE_URL=postgresql://me@db/sms dispatcher run
     """  # noqa: D301 - the character \b itself keeps the example's lines apart
     found = load()
+    # What is loaded lives until the end, and a message leaves no cycles: looking for garbage as
+    # often as Python does by itself took a twentieth of the worker's time, measured.
+    gc.freeze()
+    gc.set_threshold(10_000)
     if sys.platform == "win32":
         code = asyncio.run(app.run(found))
     else:

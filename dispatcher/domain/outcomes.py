@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Final
+from typing import Final, NamedTuple
 
 from dispatcher.domain.message import Status
 
@@ -35,8 +34,7 @@ class Signal(Enum):
     """Parameters missing or inconsistent: more likely our setting than this message."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What becomes of a message, from its answer or the lack of one."""
 
     status: Status
@@ -111,7 +109,7 @@ def classify(status: int, body: bytes) -> Outcome:
     line = body.strip().decode("ascii", "replace")
     known = ANSWERS.get(line)
     if known is not None:
-        return replace(known, reply=reply)
+        return known._replace(reply=reply)
     accepted = _ACCEPTED_WITH_ID.fullmatch(line)
     if accepted is not None:
         return Outcome(Status.ACCEPTED, reply=reply, provider_id=accepted[1])
@@ -152,8 +150,7 @@ EXPIRED: Final = Outcome(
     costs_quota=False,
 )
 
-EXPIRED_IN_DOUBT: Final = replace(
-    EXPIRED,
+EXPIRED_IN_DOUBT: Final = EXPIRED._replace(
     status=Status.UNKNOWN,
     error="It may have been sent; its expires_at passed before it could go again.",
 )

@@ -12,7 +12,7 @@ import ssl
 import traceback
 from collections.abc import Iterator
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import aiohttp
 import pytest
@@ -37,15 +37,16 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[aioresponses]:
     """Answers in place of the network."""
     with aioresponses() as web:
 
-        async def respond(attempt: module._Attempt) -> tuple[object, object, object]:
+        async def leave(attempt: module._Attempt) -> tuple[object, object]:
             method, target, _ = attempt._request.decode().split(" ", 2)
             asked = URL(ADDRESS).join(URL(target, encoded=True))
             answer = await web.match(method, normalize_url(asked), allow_redirects=False)
             assert answer is not None, f"nobody was to be asked for {asked}"
             head = SimpleNamespace(code=answer.status, headers=answer.headers)
-            return Mock(), head, answer.content
+            protocol = Mock(read=AsyncMock(return_value=(head, answer.content)))
+            return Mock(), protocol
 
-        monkeypatch.setattr(module._Attempt, "_respond", respond)
+        monkeypatch.setattr(module._Attempt, "_leave", leave)
         yield web
 
 

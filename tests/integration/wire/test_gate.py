@@ -210,10 +210,10 @@ async def test_any_error_after_the_write_is_in_doubt(
 ) -> None:
     """The write decides, not the exception's class."""
 
-    async def broken(*_: object) -> bytes:
+    def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(module._Attempt, "_read", broken)
+    monkeypatch.setattr(module, "_look_for_cut", broken)
     async with client(raw.url) as provider:
         reply = await send(provider)
     assert isinstance(reply, InDoubt)
