@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
 from typing import Final
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 __all__ = ["CONTENT_TYPE", "GAUGES", "NOT_SENT", "Metrics", "Sample"]
 
@@ -114,6 +117,33 @@ class _FromDatabase(Collector):
         yield from families.values()
 
 
+class _Histogram(Collector):
+    """Durations by bucket.
+
+    Two of the library's own took a fortieth of the worker's time, measured: each notes a value
+    under a lock, after comparing it with one bound after the other.
+    """
+
+    def __init__(
+        self, name: str, help_: str, bounds: tuple[float, ...], registry: CollectorRegistry
+    ) -> None:
+        self._name = name
+        self._help = help_
+        self._bounds = (*bounds, inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        bounds = map(floatToGoString, self._bounds)
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._help, buckets, self._sum)
+
+
 class Metrics:
     """The counts of one process, cheap enough for the way of every message."""
 
@@ -132,23 +162,23 @@ class Metrics:
             ("answer",),
             registry=registry,
         )
-        self._request_seconds = Histogram(
+        self._request_seconds = _Histogram(
             "dispatcher_request_seconds",
             "From a request's first byte to its whole answer, or to giving up.",
-            buckets=_REQUEST,
-            registry=registry,
+            _REQUEST,
+            registry,
         )
-        self._insert_to_accepted = Histogram(
+        self._insert_to_accepted = _Histogram(
             "dispatcher_insert_to_accepted_seconds",
             "From the insert of a message to the record that the provider accepted it.",
-            buckets=_WAIT,
-            registry=registry,
+            _WAIT,
+            registry,
         )
-        self._accepted_to_delivered = Histogram(
+        self._accepted_to_delivered = _Histogram(
             "dispatcher_accepted_to_delivered_seconds",
             "From the record that the provider accepted a message to the report of its delivery.",
-            buckets=_DELIVERY,
-            registry=registry,
+            _DELIVERY,
+            registry,
         )
         self._in_flight = Gauge(
             "dispatcher_in_flight", "Requests under way from this process.", registry=registry
