@@ -5,7 +5,7 @@ not which exception came but whether the first byte may have left. It can leave 
 `_Attempt._write`, which marks the attempt first: before the mark every failure is `NeverLeft`,
 after it everything short of a whole answer is `InDoubt`.
 
-aiohttp finds the connection and parses the answer. Its session, which would do both, is not used:
+aiohttp opens the connection and parses the answer. Its session, which would do both, is not used:
 it repeats a GET by itself when a connection closes under it, follows redirects, and took two
 fifths of the client's time, measured. What is done here between the two is what it does between
 them (`ClientSession._request`), for this one kind of request.
@@ -30,6 +30,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError, RawResponseMessage
 from yarl import URL
+
+from dispatcher.connections import Connections
 
 MAX_ANSWER: Final = 4096
 """Most bytes of an answer's body; a longer one is no answer (the provider's are one short line)."""
@@ -74,9 +76,6 @@ class InDoubt:
 
 Reply: TypeAlias = Answer | NeverLeft | InDoubt
 
-_ENDLESS: Final = aiohttp.ClientTimeout()
-"""For aiohttp: the watchdog's is the only timeout."""
-
 
 class Provider:
     """Sends messages to the provider over kept connections; an async context manager.
@@ -92,9 +91,7 @@ class Provider:
         ValueError: The address is not one of HTTP.
     """
 
-    _connector: aiohttp.TCPConnector
-    _route: aiohttp.ClientRequest
-    """Tells the connector where to; one for all messages, and never sent itself."""
+    _connections: Connections
 
     def __init__(self, url: str, *, timeout: float, keepalive: float, concurrency: int) -> None:
         base = _address(url)
@@ -118,13 +115,9 @@ class Provider:
         self._watchdog = _Watchdog(timeout)
 
     async def __aenter__(self) -> Self:
-        self._connector = aiohttp.TCPConnector(
-            limit=self._concurrency,
-            keepalive_timeout=self._keepalive,
-            ttl_dns_cache=60,
-            resolver=aiohttp.ThreadedResolver(),
+        self._connections = Connections(
+            self._base, limit=self._concurrency, keepalive=self._keepalive
         )
-        self._route = aiohttp.ClientRequest("GET", self._base, loop=asyncio.get_running_loop())
         return self
 
     async def __aexit__(
@@ -134,7 +127,7 @@ class Provider:
         trace: TracebackType | None,
     ) -> None:
         self._watchdog.close()
-        await self._connector.close()
+        await self._connections.close()
 
     async def send(
         self,
@@ -168,7 +161,7 @@ class Provider:
             asyncio.CancelledError: The caller cancelled, and the connection is closed; the
                 request had left if `check` had returned None.
         """
-        if self._connector.closed:
+        if self._connections.closed:
             raise RuntimeError("the client is closed")
         # Percent-encoding is what Python does slowest here, and digits need none.
         number = msisdn if msisdn.isascii() and msisdn.isdigit() else _encoded(msisdn)
@@ -178,9 +171,7 @@ class Provider:
             f"{self._before}user_id={user_id:d}&service_id={service_id:d}"
             f"&msisdn={number}&text={content}{more}{self._after}\r\n"
         )
-        attempt = _Attempt(
-            request.encode("ascii"), self._connector, self._route, check, wait, self._watchdog
-        )
+        attempt = _Attempt(request.encode("ascii"), self._connections, check, wait, self._watchdog)
         try:
             with attempt:
                 return await attempt.exchange()
@@ -221,10 +212,9 @@ class _Attempt:
     __slots__ = (
         "_cancelling",
         "_check",
-        "_connector",
+        "_connections",
         "_loop",
         "_request",
-        "_route",
         "_task",
         "_wait",
         "_watchdog",
@@ -237,19 +227,17 @@ class _Attempt:
     def __init__(
         self,
         request: bytes,
-        connector: aiohttp.TCPConnector,
-        route: aiohttp.ClientRequest,
+        connections: Connections,
         check: Check,
         wait: Wait | None,
         watchdog: _Watchdog,
     ) -> None:
         self._request = request
-        self._connector = connector
-        self._route = route
+        self._connections = connections
         self._check = check
         self._wait = wait
         self._watchdog = watchdog
-        self._loop = route.loop
+        self._loop = asyncio.get_running_loop()
         self.left_at: float | None = None
         self.received = b""
         self.deadline = 0.0
@@ -295,17 +283,20 @@ class _Attempt:
         except BaseException:
             connection.close()
             raise
-        connection.release()
+        self._connections.give_back(connection)
         return Answer(head.code, self.received, self.seconds())
 
     async def _leave(self) -> tuple[Connection, ResponseHandler]:
         """Write the request to a connection that can take it."""
         for _ in range(2):
-            connection = await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
+            connection = await self._connections.take()
             try:
                 if self._wait is not None:
                     await self._due(self._wait)
                 protocol = self._write(connection)
+            except _WithheldError:
+                self._connections.give_back(connection)
+                raise
             except BaseException:
                 connection.close()
                 raise
@@ -328,12 +319,11 @@ class _Attempt:
         if (
             protocol is None
             or transport is None
-            or not _fit(protocol, transport, ssl=self._route.is_ssl())
+            or not _fit(protocol, transport, ssl=self._connections.encrypted)
         ):
             return None
         refusal = self._check()
         if refusal is not None:
-            connection.release()
             raise _WithheldError(refusal)
         protocol.set_response_params(
             read_until_eof=True, auto_decompress=False, read_bufsize=MAX_ANSWER, max_headers=64

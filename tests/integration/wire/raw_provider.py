@@ -116,6 +116,11 @@ class RawProvider:
         """The address to send to, without a query."""
         return f"http://127.0.0.1:{self.port}/send.php"
 
+    @property
+    def open(self) -> int:
+        """How many connections are open."""
+        return len(self._tasks)
+
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
         return self

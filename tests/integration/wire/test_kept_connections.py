@@ -94,3 +94,34 @@ async def test_the_keep_alive_ends_on_our_side_first(raw: RawProvider) -> None:
         await raw.all_closed()
         await send(provider)
     assert [request.on_connection for request in raw.requests] == [1, 1]
+
+
+async def test_a_message_that_waits_gets_the_connection_of_another(raw: RawProvider) -> None:
+    """With one connection, messages that come together go one after the other on it."""
+    async with client(raw.url, concurrency=1) as provider:
+        replies = await asyncio.gather(*(send(provider) for _ in range(5)))
+    assert all(isinstance(reply, Answer) for reply in replies)
+    assert [request.on_connection for request in raw.requests] == [1, 2, 3, 4, 5]
+
+
+async def test_connections_that_nobody_needs_are_closed_beside_one_that_is_used(
+    raw: RawProvider,
+) -> None:
+    """After a rush, the keep-alive ends for the connections that it alone needed."""
+    rush = asyncio.Barrier(5)
+
+    async def together(request: Received) -> None:
+        if request.number <= 5:
+            await rush.wait()
+        await well(request)
+
+    raw.script = together
+    async with client(raw.url, keepalive=1) as provider:
+        await asyncio.gather(*(send(provider) for _ in range(5)))
+        assert len(raw.lines) == 5
+        async with asyncio.timeout(20):
+            while raw.open > 1:
+                await send(provider)
+                await asyncio.sleep(0.01)
+        await send(provider)
+    assert len(raw.lines) == 5

@@ -1,0 +1,103 @@
+"""Open connections to the provider, and how they are kept between two messages.
+
+aiohttp opens them. Its connector would keep them too, but to hand one in and ask for it again took
+a fifth of the client's time for each message, measured; so what was used last is kept here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final, NamedTuple
+
+import aiohttp
+from aiohttp.connector import Connection
+from yarl import URL
+
+from dispatcher import clock
+
+_ENDLESS: Final = aiohttp.ClientTimeout()
+"""For aiohttp: the caller's deadline is the only one."""
+
+
+class _Idle(NamedTuple):
+    since: float
+    connection: Connection
+
+
+class Connections:
+    """Connections to one address, made in a running event loop.
+
+    Args:
+        address: Where to, without a query; aiohttp's errors, caches and logs may hold it.
+        limit: Connections at most.
+        keepalive: Seconds an idle connection is kept.
+    """
+
+    def __init__(self, address: URL, *, limit: int, keepalive: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connector = aiohttp.TCPConnector(
+            limit=limit,
+            keepalive_timeout=keepalive,
+            ttl_dns_cache=60,
+            resolver=aiohttp.ThreadedResolver(),
+        )
+        # Tells the connector where to; never sent itself.
+        self._route = aiohttp.ClientRequest("GET", address, loop=self._loop)
+        self._keepalive = keepalive
+        self._idle: deque[_Idle] = deque()
+        self._asking = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self.encrypted = self._route.is_ssl()
+        """Whether they speak TLS."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more can be taken."""
+        return self._connector.closed
+
+    async def take(self) -> Connection:
+        """Take one that was open when last heard of, or a new one; wait while all are in use.
+
+        Raises aiohttp.ClientError and OSError as aiohttp's connector does.
+        """
+        now = clock.now()
+        while self._idle:
+            since, connection = self._idle.pop()
+            if now - since <= self._keepalive and not connection.closed:
+                return connection
+            connection.close()
+        self._asking += 1
+        try:
+            return await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
+        finally:
+            self._asking -= 1
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep one for the next message, unless it has to be closed."""
+        protocol = connection.protocol
+        if self._asking or protocol is None or protocol.should_close:
+            # aiohttp closes it, or hands it to who waits.
+            connection.release()
+            return
+        self._idle.append(_Idle(clock.now(), connection))
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._keepalive, self._close_stale)
+
+    async def close(self) -> None:
+        """Close all."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._idle:
+            self._idle.pop().connection.close()
+        await self._connector.close()
+
+    def _close_stale(self) -> None:
+        now = clock.now()
+        while self._idle and now - self._idle[0].since >= self._keepalive:
+            self._idle.popleft().connection.close()
+        self._timer = None
+        if self._idle:
+            left = self._keepalive - (now - self._idle[0].since)
+            self._timer = self._loop.call_later(max(left, 0.001), self._close_stale)
