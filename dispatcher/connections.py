@@ -56,17 +56,20 @@ class Connections:
         """Whether no more can be taken."""
         return self._connector.closed
 
-    async def take(self) -> Connection:
-        """Take one that was open when last heard of, or a new one; wait while all are in use.
+    def take(self) -> Connection | None:
+        """Take the one that was used last and is open as far as is known; None if there is none."""
+        while self._idle:
+            since, connection = self._idle.pop()
+            if clock.now() - since <= self._keepalive and not connection.closed:
+                return connection
+            connection.close()
+        return None
+
+    async def open(self) -> Connection:
+        """Open one; wait while all there may be are in use.
 
         Raises aiohttp.ClientError and OSError as aiohttp's connector does.
         """
-        now = clock.now()
-        while self._idle:
-            since, connection = self._idle.pop()
-            if now - since <= self._keepalive and not connection.closed:
-                return connection
-            connection.close()
         self._asking += 1
         try:
             return await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)

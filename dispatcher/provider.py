@@ -289,7 +289,7 @@ class _Attempt:
     async def _leave(self) -> tuple[Connection, ResponseHandler]:
         """Write the request to a connection that can take it."""
         for _ in range(2):
-            connection = await self._connections.take()
+            connection = self._connections.take() or await self._connections.open()
             try:
                 if self._wait is not None:
                     await self._due(self._wait)

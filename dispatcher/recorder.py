@@ -180,7 +180,7 @@ class Recorder:
         *,
         again: bool,
     ) -> None:
-        told: Counter[tuple[int, str, str]] = Counter()
+        told: Counter[tuple[int, Status, str]] = Counter()
         for settled in batch:
             key = (settled.message.id, settled.message.claim_no)
             if key in written or again:
@@ -193,20 +193,20 @@ class Recorder:
                     reply=_reply(settled),
                     status=settled.outcome.status,
                 )
-        for alike, messages in told.items():
-            self._metrics.outcomes(messages, *alike)
+        for (service_id, status, answer), messages in told.items():
+            self.recorded[status] += messages
+            self._metrics.outcomes(messages, service_id, status.value, answer)
 
     def _tell(
         self,
         settled: Settled,
         accepted_after: float | None,
-        told: Counter[tuple[int, str, str]],
+        told: Counter[tuple[int, Status, str]],
     ) -> None:
         message, outcome = settled.message, settled.outcome
         if settled.withheld and outcome.status is Status.PENDING:
             return
-        self.recorded[outcome.status] += 1
-        told[message.service_id, outcome.status.value, _answer(settled)] += 1
+        told[message.service_id, outcome.status, _answer(settled)] += 1
         if settled.left_at is not None:
             self._metrics.request(settled.seconds)
         if accepted_after is not None:

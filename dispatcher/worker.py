@@ -210,7 +210,7 @@ class Worker:
         if not self._active or free <= 0:
             return False
         enough = max(1, int(self._settings.concurrency * ENOUGH))
-        if free < enough and self.sender.in_flight and unreachable is None:
+        if free < enough and self.sender.held and unreachable is None:
             now = clock.now()
             if self._linger_until is None:
                 self._linger_until = now + LINGER
