@@ -542,6 +542,7 @@ recorded AS (
         accepted_at = CASE WHEN r.status = 'accepted' THEN clock_timestamp() END
     FROM result r
     WHERE o.id = r.id AND o.claim_no = r.claim_no AND o.worker_id = r.worker_id
+        AND o.id = ANY (ARRAY(SELECT k.id FROM result k))
     RETURNING
         o.id, o.claim_no, o.service_id, o.claimed_at, r.worker_id, r.status, r.reply, r.error,
         r.refunded, r.sent_ago, r.seconds,
