@@ -294,10 +294,8 @@ class _Attempt:
                 if self._wait is not None:
                     await self._due(self._wait)
                 protocol = self._write(connection)
-            except _WithheldError:
-                self._connections.give_back(connection)
-                raise
             except BaseException:
+                # Also where the message is withheld: to keep it would begin its idle time anew.
                 connection.close()
                 raise
             if protocol is not None:

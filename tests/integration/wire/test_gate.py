@@ -13,12 +13,12 @@ from tests.integration.wire.raw_provider import RawProvider, Received
 
 
 async def test_a_message_whose_check_says_no_does_not_leave(raw: RawProvider) -> None:
-    """A refused message is no request, and its connection serves the next one."""
+    """A refused message is no request; its connection, idle for longer, is not kept."""
     async with client(raw.url) as provider:
         reply = await send(provider, check=lambda: "lease ran out")
         assert reply == NeverLeft("lease ran out", withheld=True)
         assert isinstance(await send(provider), Answer)
-    assert (len(raw.requests), len(raw.lines), raw.rests) == (1, 1, [])
+    assert (len(raw.requests), len(raw.lines), raw.rests) == (1, 2, [])
 
 
 async def test_the_check_is_made_once_and_with_the_connection_in_hand(raw: RawProvider) -> None:
