@@ -1,7 +1,8 @@
 """Open connections to the provider, and how they are kept between two messages.
 
 aiohttp opens them. Its connector would keep them too, but to hand one in and ask for it again took
-a fifth of the client's time for each message, measured; so what was used last is kept here.
+a fifth of the client's time for each message, measured; so they are kept here, and the one that
+was used last goes out first.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Connections:
         self._route = aiohttp.ClientRequest("GET", address, loop=self._loop)
         self._keepalive = keepalive
         self._idle: deque[_Idle] = deque()
-        self._asking = 0
+        self._opening = 0
         self._timer: asyncio.TimerHandle | None = None
         self.encrypted = self._route.is_ssl()
         """Whether they speak TLS."""
@@ -70,17 +71,17 @@ class Connections:
 
         Raises aiohttp.ClientError and OSError as aiohttp's connector does.
         """
-        self._asking += 1
+        self._opening += 1
         try:
             return await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
         finally:
-            self._asking -= 1
+            self._opening -= 1
 
     def give_back(self, connection: Connection) -> None:
         """Keep one for the next message, unless it has to be closed."""
         protocol = connection.protocol
-        if self._asking or protocol is None or protocol.should_close:
-            # aiohttp closes it, or hands it to who waits.
+        if self._opening or self.closed or protocol is None or protocol.should_close:
+            # aiohttp closes it, or keeps it for those who may be waiting for one.
             connection.release()
             return
         self._idle.append(_Idle(clock.now(), connection))
@@ -93,7 +94,8 @@ class Connections:
             self._timer.cancel()
             self._timer = None
         while self._idle:
-            self._idle.pop().connection.close()
+            self._idle.pop().connection.release()
+        # It waits for their end, as it should with TLS.
         await self._connector.close()
 
     def _close_stale(self) -> None:

@@ -276,7 +276,7 @@ class _Attempt:
             while not content.at_eof():
                 # Nearly always all is there, and a coroutine for it took longer than the reading.
                 room = MAX_ANSWER + 1 - len(self.received)
-                self._take(
+                self._add(
                     content.read_nowait(room) if content.is_eof() else await content.read(room)
                 )
             _look_for_cut(head, protocol)
@@ -301,11 +301,11 @@ class _Attempt:
             if protocol is not None:
                 return connection, protocol
             connection.close()
-            # In this turn the loop learns of all connections that have closed meanwhile.
+            # In this turn uvloop learns of all connections that have closed meanwhile.
             await asyncio.sleep(0)
         raise _SendError("connection closed before the request")
 
-    def _take(self, more: bytes) -> None:
+    def _add(self, more: bytes) -> None:
         self.received += more
         if len(self.received) > MAX_ANSWER:
             raise _SendError("answer too long")

@@ -34,6 +34,9 @@ ENOUGH: Final = 2 / 3
 BUSY: Final = 1.0
 """Seconds of unbroken work after which inserts need not wake this worker."""
 
+OVERTAKEN: Final = 1.0
+"""Seconds for which claims that go on where the last one ended may pass what was committed late."""
+
 FAILING: Final = 60.0
 """Seconds for which a service is left alone whose rows make the claim fail."""
 
@@ -352,8 +355,9 @@ class Worker:
             if service in again:
                 continue
             if got[service] >= asked[service]:
-                # While more waits than is asked for, what comes late need not go first.
+                # While more waits than is asked for. What commits late is for the next survey.
                 self._heads[service] = self._heads.get(service, {}) | outbox.heads_in(row)
+                self._survey_at = min(self._survey_at, began + OVERTAKEN)
                 continue
             self._active.discard(service)
             if row["slots_short"]:

@@ -30,7 +30,8 @@ BURSTS: Final = 4
 """Times that each situation has its turn, after one more for the plans and the pages."""
 
 CLAIMS: Final = 15
-"""Statements of each kind in one turn, after one survey: fewer than a worker that is busy runs."""
+"""Statements of each kind in one turn, after one survey: fewer than a worker that is busy runs.
+With a small backlog only as many as it lasts for."""
 
 SURVEY: Final = 1.0
 """Seconds from one survey to the next, as with the worker's default."""
@@ -86,7 +87,7 @@ class Statements:
     @asynccontextmanager
     async def ready(cls, dsn: str, services: Sequence[int]) -> AsyncIterator[Statements]:
         """Enter a worker that will claim of these services."""
-        async with Session(dsn, name="bench", timeout=60) as session:
+        async with Session(dsn, name="bench", timeout=60, by_index=True) as session:
             made = cls(session, services)
             made._worker = await workers.enter(
                 session, "default", host="bench", pid=0, version="0", lease=3600
@@ -177,10 +178,11 @@ async def _time_statements(server: Server, situations: Sequence[Situation]) -> N
             )
             for situation in situations
         ]
+        claims = min(CLAIMS, min(s.pending for s in situations) // (CLAIM * (1 + BURSTS)))
         for number in range(1 + BURSTS):
             for situation, ours in zip(situations, statements, strict=True):
                 survey = await ours.survey()
-                turns = [await ours.turn() for _ in range(CLAIMS)]
+                turns = [await ours.turn() for _ in range(claims)]
                 if number > 0:
                     situation.survey_ms.append(survey)
                     situation.claim_ms += [claim for _, claim, _ in turns]
@@ -292,7 +294,7 @@ async def measure(server: Server, size: Size) -> list[Finding]:
             [
                 (
                     "Claim, record and survey: the worker's own statements, each alone, "
-                    f"a survey and {CLAIMS} claims and records, {BURSTS} times in all "
+                    f"a survey and up to {CLAIMS} claims and records, {BURSTS} times in all "
                     "situations in turn; medians and quartiles."
                 ),
                 f"Urgent: {URGENT} messages of priority 9, from the commit to the arrival.",

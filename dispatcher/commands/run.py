@@ -25,8 +25,8 @@ def run() -> None:
     DATABASE_URL=postgresql://me@db/sms dispatcher run
     """  # noqa: D301 - the character \b itself keeps the example's lines apart
     found = load()
-    # What is loaded lives until the end, and a message leaves no cycles: looking for garbage as
-    # often as Python does by itself took a twentieth of the worker's time, measured.
+    # What is loaded lives until the end, and a message that is answered leaves no cycles: looking
+    # for garbage as often as Python does by itself took a twentieth of the time, measured.
     gc.freeze()
     gc.set_threshold(10_000)
     if sys.platform == "win32":

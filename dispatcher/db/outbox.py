@@ -120,7 +120,7 @@ async def waiting(session: Session, egress: str) -> list[Waiting]:
 
 
 def heads_in(row: Record) -> dict[int, Head]:
-    """Where claims of a service may begin, by priority: as a survey or its last claim tells."""
+    """Where claims of a service may begin, by priority: what a survey found or a claim ended at."""
     return dict(zip(row["priorities"], zip(row["due"], row["ids"], strict=True), strict=True))
 
 
@@ -131,9 +131,9 @@ def heads_in(row: Record) -> dict[int, Head]:
 # Claim up to so many messages of each service: lock the service's pace and windows, pick what is
 # due, refuse what must not go, debit the windows and reserve the slots. $1 worker, $2 services,
 # $3 places, $4 even while the egress is closed, $5 even while the service is blocked,
-# $6 horizon, $7 lead and $8 guard in seconds; $9 services, $10 priorities, $11 and $12 the first
-# message of the two, when it is due and which it is: while another session holds an old snapshot
-# the entries of what was claimed stay in the index, and a claim would pass all of them.
+# $6 horizon, $7 lead and $8 guard in seconds; $9 services, $10 priorities, $11 and $12 where
+# to begin with the two, a message by when it is due and which it is: while another session holds
+# an old snapshot the entries of what was claimed stay in the index, and a claim would pass all.
 _CLAIM = r"""
 WITH moment AS MATERIALIZED (
     SELECT clock_timestamp() AS now, e.name AS egress, e.ban_episode
@@ -284,7 +284,7 @@ judged AS MATERIALIZED (
         END AS error
     ) refusal
 ),
-passed AS (
+ended AS (
     SELECT
         l.service_id,
         array_agg(l.priority) AS priorities,
@@ -373,11 +373,11 @@ SELECT
         WHEN a.day_left <= coalesce(t.messages, 0) THEN 'day'
         WHEN a.week_left <= coalesce(t.messages, 0) THEN 'week'
         WHEN a.month_left <= coalesce(t.messages, 0) THEN 'month'
-    END, a.slots_short, a.places_allowed, NULL, passed.priorities, passed.due, passed.ids
+    END, a.slots_short, a.places_allowed, NULL, ended.priorities, ended.due, ended.ids
 FROM allowed a
 JOIN pace p USING (service_id)
 LEFT JOIN taken t USING (service_id)
-LEFT JOIN passed USING (service_id)
+LEFT JOIN ended USING (service_id)
 ORDER BY kind, service_id, place
 """
 

@@ -74,8 +74,12 @@ def reason(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-async def connect(dsn: str, *, name: str, timeout: float) -> asyncpg.Connection:
+async def connect(
+    dsn: str, *, name: str, timeout: float, by_index: bool = False
+) -> asyncpg.Connection:
     """Open one connection; statements on it end after `timeout` seconds on both sides.
+
+    `by_index`: read no table whole that has an index for it, however small it is.
 
     Raises DatabaseLost, and SettingsError if the address cannot be one.
     """
@@ -90,6 +94,7 @@ async def connect(dsn: str, *, name: str, timeout: float) -> asyncpg.Connection:
                     "statement_timeout": str(int(timeout * 1000)),
                     "idle_in_transaction_session_timeout": str(int(timeout * 1000)),
                     "jit": "off",
+                    "enable_seqscan": "off" if by_index else "on",
                     # An acknowledged claim that a crash could lose would be a second SMS.
                     "synchronous_commit": "on",
                     "timezone": "UTC",
@@ -112,10 +117,12 @@ class Session:
     be run again.
     """
 
-    def __init__(self, dsn: str, *, name: str, timeout: float) -> None:
+    def __init__(self, dsn: str, *, name: str, timeout: float, by_index: bool = False) -> None:
+        """`by_index`: for what is planned once, maybe on an empty table, and runs on a full one."""
         self._dsn = dsn
         self._name = name
         self._timeout = timeout
+        self._by_index = by_index
         self._connection: asyncpg.Connection | None = None
         self._turn = asyncio.Lock()
 
@@ -197,7 +204,9 @@ class Session:
 
     async def _open(self) -> asyncpg.Connection:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await connect(self._dsn, name=self._name, timeout=self._timeout)
+            self._connection = await connect(
+                self._dsn, name=self._name, timeout=self._timeout, by_index=self._by_index
+            )
         return self._connection
 
     def _drop(self) -> None:

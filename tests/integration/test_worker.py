@@ -725,3 +725,34 @@ async def test_claims_do_not_pass_what_was_claimed(
         "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'outbox_due'"
     )
     assert 1000 <= read < 10_000
+
+
+async def test_a_message_that_commits_late_does_not_wait_for_the_backlog(
+    connection: Connection, database: str, tmp_path: Path
+) -> None:
+    """Claims that go on where the last one ended come back for it within a second or so."""
+    await add_service(connection)
+    writer = await asyncpg.connect(database)
+    try:
+        transaction = writer.transaction()
+        await transaction.start()
+        late = await add_message(writer)
+        await add_messages(connection, 400)
+        async with (
+            provider(faults={"latency": 0.05}) as simulator,
+            running(database, simulator.url, tmp_path, poll_interval=60.0, concurrency=2),
+        ):
+
+            async def under_way() -> bool:
+                return (await statuses(connection)).get("accepted", 0) > 20
+
+            await wait_for(under_way, "it sends")
+            await transaction.commit()
+
+            async def sent() -> bool:
+                return bool((await message(connection, late))["status"] == "accepted")
+
+            await wait_for(sent, "the late one is sent")
+            assert (await statuses(connection)).get("pending", 0) > 100
+    finally:
+        await writer.close()
