@@ -12,10 +12,10 @@ from collections import deque
 from typing import Final, NamedTuple
 
 import aiohttp
-from aiohttp.connector import Connection
 from yarl import URL
 
 from dispatcher import clock
+from dispatcher.line import Line
 
 _ENDLESS: Final = aiohttp.ClientTimeout()
 """For aiohttp: the caller's deadline is the only one."""
@@ -23,7 +23,7 @@ _ENDLESS: Final = aiohttp.ClientTimeout()
 
 class _Idle(NamedTuple):
     since: float
-    connection: Connection
+    line: Line
 
 
 class Connections:
@@ -49,42 +49,39 @@ class Connections:
         self._idle: deque[_Idle] = deque()
         self._opening = 0
         self._timer: asyncio.TimerHandle | None = None
-        self.encrypted = self._route.is_ssl()
-        """Whether they speak TLS."""
 
     @property
     def closed(self) -> bool:
         """Whether no more can be taken."""
         return self._connector.closed
 
-    def take(self) -> Connection | None:
+    def take(self) -> Line | None:
         """Take the one that was used last and is open as far as is known; None if there is none."""
         while self._idle:
-            since, connection = self._idle.pop()
-            if clock.now() - since <= self._keepalive and not connection.closed:
-                return connection
-            connection.close()
+            since, line = self._idle.pop()
+            if clock.now() - since <= self._keepalive and line.usable:
+                return line
+            line.close()
         return None
 
-    async def open(self) -> Connection:
+    async def open(self) -> Line:
         """Open one; wait while all there may be are in use.
 
         Raises aiohttp.ClientError and OSError as aiohttp's connector does.
         """
         self._opening += 1
         try:
-            return await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
+            connection = await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
         finally:
             self._opening -= 1
+        return Line(connection, encrypted=self._route.is_ssl())
 
-    def give_back(self, connection: Connection) -> None:
+    def give_back(self, line: Line) -> None:
         """Keep one for the next message, unless it has to be closed."""
-        protocol = connection.protocol
-        if self._opening or self.closed or protocol is None or protocol.should_close:
-            # aiohttp closes it, or keeps it for those who may be waiting for one.
-            connection.release()
+        if self._opening or self.closed or not line.usable:
+            line.release()
             return
-        self._idle.append(_Idle(clock.now(), connection))
+        self._idle.append(_Idle(clock.now(), line))
         if self._timer is None:
             self._timer = self._loop.call_later(self._keepalive, self._close_stale)
 
@@ -94,14 +91,14 @@ class Connections:
             self._timer.cancel()
             self._timer = None
         while self._idle:
-            self._idle.pop().connection.release()
+            self._idle.pop().line.release()
         # It waits for their end, as it should with TLS.
         await self._connector.close()
 
     def _close_stale(self) -> None:
         now = clock.now()
         while self._idle and now - self._idle[0].since >= self._keepalive:
-            self._idle.popleft().connection.close()
+            self._idle.popleft().line.close()
         self._timer = None
         if self._idle:
             left = self._keepalive - (now - self._idle[0].since)

@@ -7,34 +7,25 @@ after it everything short of a whole answer is `InDoubt`.
 
 aiohttp opens the connection and parses the answer. Its session, which would do both, is not used:
 it repeats a GET by itself when a connection closes under it, follows redirects, and took two
-fifths of the client's time, measured. What is done here between the two is what it does between
-them (`ClientSession._request`), for this one kind of request.
+fifths of the client's time, measured.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import select
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from http import HTTPStatus
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeAlias, cast
 from urllib.parse import quote
 
 import aiohttp
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.connector import Connection
-from aiohttp.http import HttpProcessingError, RawResponseMessage
 from yarl import URL
 
 from dispatcher.connections import Connections
-
-MAX_ANSWER: Final = 4096
-"""Most bytes of an answer's body; a longer one is no answer (the provider's are one short line)."""
+from dispatcher.line import Line, NoAnswer, Whole
 
 Check: TypeAlias = Callable[[], str | None]
 """Asked at the last moment: None to send, or why not, in one plain phrase."""
@@ -115,6 +106,7 @@ class Provider:
         self._watchdog = _Watchdog(timeout)
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         self._connections = Connections(
             self._base, limit=self._concurrency, keepalive=self._keepalive
         )
@@ -171,7 +163,9 @@ class Provider:
             f"{self._before}user_id={user_id:d}&service_id={service_id:d}"
             f"&msisdn={number}&text={content}{more}{self._after}\r\n"
         )
-        attempt = _Attempt(request.encode("ascii"), self._connections, check, wait, self._watchdog)
+        attempt = _Attempt(
+            request.encode("ascii"), self._connections, check, wait, self._watchdog, self._loop
+        )
         try:
             with attempt:
                 return await attempt.exchange()
@@ -179,7 +173,7 @@ class Provider:
             return NeverLeft(str(refusal), withheld=True)
         except _WaitError as failure:
             raise failure.error from None
-        except (_SendError, aiohttp.ClientError, HttpProcessingError, OSError) as error:
+        except (NoAnswer, aiohttp.ClientError, OSError) as error:
             reason = _reason(error)
         except Exception as error:
             if attempt.left_at is None:
@@ -188,10 +182,6 @@ class Provider:
         if attempt.left_at is None:
             return NeverLeft(reason)
         return InDoubt(reason, attempt.seconds(), attempt.received)
-
-
-class _SendError(Exception):
-    """A failure with its reason for the reply."""
 
 
 class _WithheldError(Exception):
@@ -231,13 +221,14 @@ class _Attempt:
         check: Check,
         wait: Wait | None,
         watchdog: _Watchdog,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._request = request
         self._connections = connections
         self._check = check
         self._wait = wait
         self._watchdog = watchdog
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self.left_at: float | None = None
         self.received = b""
         self.deadline = 0.0
@@ -262,73 +253,50 @@ class _Attempt:
             and self._task.uncancel() <= self._cancelling
             and isinstance(error, asyncio.CancelledError)
         ):
-            raise _SendError(
+            raise NoAnswer(
                 "connect timeout" if self.left_at is None else "no answer in time"
             ) from None
 
     async def exchange(self) -> Answer:
         """Send the request, and read the answer to its end."""
-        connection, protocol = await self._leave()
+        line, answer = await self._leave()
         try:
-            head, content = await protocol.read()
-            while _announces(head.code):
-                head, content = await protocol.read()
-            while not content.at_eof():
-                # Nearly always all is there, and a coroutine for it took longer than the reading.
-                room = MAX_ANSWER + 1 - len(self.received)
-                self._add(
-                    content.read_nowait(room) if content.is_eof() else await content.read(room)
-                )
-            _look_for_cut(head, protocol)
+            status, body = await answer
+            self._connections.give_back(line)
         except BaseException:
-            connection.close()
+            self.received = line.received
+            line.close()
             raise
-        self._connections.give_back(connection)
-        return Answer(head.code, self.received, self.seconds())
+        return Answer(status, body, self.seconds())
 
-    async def _leave(self) -> tuple[Connection, ResponseHandler]:
+    async def _leave(self) -> tuple[Line, Awaitable[Whole]]:
         """Write the request to a connection that can take it."""
         for _ in range(2):
-            connection = self._connections.take() or await self._connections.open()
+            line = self._connections.take() or await self._connections.open()
             try:
                 if self._wait is not None:
                     await self._due(self._wait)
-                protocol = self._write(connection)
+                answer = self._write(line)
             except BaseException:
                 # Also where the message is withheld: to keep it would begin its idle time anew.
-                connection.close()
+                line.close()
                 raise
-            if protocol is not None:
-                return connection, protocol
-            connection.close()
+            if answer is not None:
+                return line, answer
+            line.close()
             # In this turn uvloop learns of all connections that have closed meanwhile.
             await asyncio.sleep(0)
-        raise _SendError("connection closed before the request")
+        raise NoAnswer("connection closed before the request")
 
-    def _add(self, more: bytes) -> None:
-        self.received += more
-        if len(self.received) > MAX_ANSWER:
-            raise _SendError("answer too long")
-
-    def _write(self, connection: Connection) -> ResponseHandler | None:
+    def _write(self, line: Line) -> Awaitable[Whole] | None:
         """Write the request if it may leave; None if the connection cannot take it any more."""
-        protocol = connection.protocol
-        transport = None if protocol is None else protocol.transport
-        if (
-            protocol is None
-            or transport is None
-            or not _fit(protocol, transport, ssl=self._connections.encrypted)
-        ):
+        if not line.ready:
             return None
         refusal = self._check()
         if refusal is not None:
             raise _WithheldError(refusal)
-        protocol.set_response_params(
-            read_until_eof=True, auto_decompress=False, read_bufsize=MAX_ANSWER, max_headers=64
-        )
         self.left_at = time.monotonic()
-        transport.write(self._request)
-        return protocol
+        return line.ask(self._request)
 
     async def _due(self, wait: Wait) -> None:
         """Wait until the message is due; the deadline stands still meanwhile."""
@@ -346,26 +314,6 @@ class _Attempt:
     def seconds(self) -> float:
         """Time since the write; the loop's clock stands still between two turns of uvloop."""
         return 0.0 if self.left_at is None else time.monotonic() - self.left_at
-
-
-def _announces(status: int) -> bool:
-    """Whether a head only says that the answer's own is to come."""
-    return 100 <= status < 200 and status != HTTPStatus.SWITCHING_PROTOCOLS
-
-
-def _look_for_cut(head: RawResponseMessage, protocol: ResponseHandler) -> None:
-    """Raise for a body that was cut short, where aiohttp does not.
-
-    A body without a length ends with the connection. One that was cut short there cannot be told
-    from a whole one, and such servers exist, so it is taken for whole if the connection was closed
-    in order; after a reset it is not, though aiohttp reports the end alike.
-    """
-    if (
-        "Content-Length" not in head.headers
-        and "Transfer-Encoding" not in head.headers
-        and isinstance(protocol.exception(), OSError)
-    ):
-        raise _SendError("answer cut short")
 
 
 class _Watchdog:
@@ -415,32 +363,6 @@ class _Watchdog:
         self._timer = loop.call_later(self._every, self._look, loop) if self._watched else None
 
 
-def _fit(protocol: ResponseHandler, transport: asyncio.Transport, *, ssl: bool) -> bool:
-    """Whether a request may be written: the connection is open, and nothing has come on it.
-
-    What has come unasked would be taken for our answer. And a provider may close after an answer
-    without announcing it: under load the connection is taken for the next request before the
-    loop has read of its end, and half of all messages would be in doubt. So the socket itself is
-    asked. Under TLS its bytes may be the protocol's own and say nothing.
-    """
-    if transport.is_closing() or protocol.should_close or protocol.writing_paused:
-        return False
-    return ssl or not _readable(transport.get_extra_info("socket").fileno())
-
-
-if sys.platform == "win32":  # pragma: no cover
-
-    def _readable(descriptor: int) -> bool:
-        return bool(select.select([descriptor], [], [], 0)[0])
-
-else:
-
-    def _readable(descriptor: int) -> bool:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        return bool(poll.poll(0))
-
-
 def _address(url: str) -> URL | None:
     """The provider's address without a fragment, or None if none can be reached by it."""
     try:
@@ -480,18 +402,12 @@ _REASONS: Final = {
 def _reason(error: BaseException) -> str:
     """Why, in our own words: aiohttp's hold addresses, and a provider's could hold anything."""
     match error:
-        case _SendError():
+        case NoAnswer():
             return str(error)
         case aiohttp.ClientConnectorDNSError():
             return "name lookup failed"
         case aiohttp.ClientSSLError():
             return "TLS handshake failed"
-        case aiohttp.ServerDisconnectedError():
-            return "connection closed without an answer"
-        case aiohttp.ClientPayloadError():
-            return "answer cut short"
-        case HttpProcessingError():
-            return "answer is not HTTP"
         case OSError():
             return _REASONS.get(error.errno or 0, "connection failed")
         case _:

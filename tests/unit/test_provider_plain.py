@@ -11,19 +11,18 @@ import socket
 import ssl
 import traceback
 from collections.abc import Iterator
-from types import SimpleNamespace
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
-from aiohttp.http import HttpProcessingError
 from aioresponses import aioresponses
 from aioresponses.compat import normalize_url
 from yarl import URL
 
 from dispatcher import provider as module
-from dispatcher.provider import MAX_ANSWER, Answer, InDoubt, NeverLeft, Provider, Reply, _reason
+from dispatcher.line import MAX_ANSWER, Whole
+from dispatcher.provider import Answer, InDoubt, NeverLeft, Provider, Reply, _reason
 
 ADDRESS = "http://provider.example/send.php"
 NUMBER = "359881234567"
@@ -37,14 +36,14 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[aioresponses]:
     """Answers in place of the network."""
     with aioresponses() as web:
 
-        async def leave(attempt: module._Attempt) -> tuple[object, object]:
+        async def leave(attempt: module._Attempt) -> tuple[object, asyncio.Future[Whole]]:
             method, target, _ = attempt._request.decode().split(" ", 2)
             asked = URL(ADDRESS).join(URL(target, encoded=True))
             answer = await web.match(method, normalize_url(asked), allow_redirects=False)
             assert answer is not None, f"nobody was to be asked for {asked}"
-            head = SimpleNamespace(code=answer.status, headers=answer.headers)
-            protocol = Mock(read=AsyncMock(return_value=(head, answer.content)))
-            return Mock(), protocol
+            came = asyncio.get_running_loop().create_future()
+            came.set_result(Whole(answer.status, await answer.read()))
+            return Mock(), came
 
         monkeypatch.setattr(module._Attempt, "_leave", leave)
         yield web
@@ -180,9 +179,7 @@ KEY = ConnectionKey("provider.example", 80, False, True, None, None, None)  # no
         (aiohttp.ClientOSError(errno.ECONNRESET, ADDRESS), "connection reset"),
         (aiohttp.ClientOSError(errno.EPIPE, ADDRESS), "connection reset"),
         (aiohttp.ClientConnectionResetError(ADDRESS), "connection failed"),
-        (aiohttp.ServerDisconnectedError(ADDRESS), "connection closed without an answer"),
-        (aiohttp.ClientPayloadError(ADDRESS), "answer cut short"),
-        (HttpProcessingError(message=ADDRESS), "answer is not HTTP"),
+        (aiohttp.ServerDisconnectedError(ADDRESS), "connection failed"),
         (aiohttp.InvalidURL(ADDRESS), "connection failed"),
         (aiohttp.ConnectionTimeoutError(ADDRESS), "connection failed"),
         (TimeoutError(ADDRESS), "connection failed"),

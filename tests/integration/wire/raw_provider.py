@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -89,11 +90,13 @@ async def well(request: Received) -> None:
 class RawProvider:
     """Listens on a free port and plays a script for each request; an async context manager.
 
-    A connection stays open after its script until the script or the client closes it.
+    A connection stays open after its script until the script or the client closes it. With `tls`
+    it speaks TLS, and what is written past the event loop is for others.
     """
 
-    def __init__(self, script: Script = well) -> None:
+    def __init__(self, script: Script = well, *, tls: ssl.SSLContext | None = None) -> None:
         self.script = script
+        self._tls = tls
         self.requests: list[Received] = []
         self.rests: list[bytes] = []
         """What came on a connection and was no whole request."""
@@ -114,7 +117,8 @@ class RawProvider:
     @property
     def url(self) -> str:
         """The address to send to, without a query."""
-        return f"http://127.0.0.1:{self.port}/send.php"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://127.0.0.1:{self.port}/send.php"
 
     @property
     def open(self) -> int:
@@ -122,7 +126,9 @@ class RawProvider:
         return len(self._tasks)
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
+        self._server = await asyncio.start_server(
+            self._serve, "127.0.0.1", 0, backlog=1024, ssl=self._tls
+        )
         return self
 
     async def __aexit__(

@@ -7,7 +7,8 @@ import zlib
 
 import pytest
 
-from dispatcher.provider import MAX_ANSWER, Answer, InDoubt
+from dispatcher.line import MAX_ANSWER
+from dispatcher.provider import Answer, InDoubt
 from tests.integration.wire.client import client, send
 from tests.integration.wire.raw_provider import RawProvider, Received
 

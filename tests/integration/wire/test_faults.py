@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dispatcher.provider import MAX_ANSWER, Answer, InDoubt
+from dispatcher.line import MAX_ANSWER
+from dispatcher.provider import Answer, InDoubt
 from tests.integration.wire.client import NUMBER, TEXT, client, send
 from tests.integration.wire.raw_provider import RawProvider, Received, Script, well
 
@@ -43,7 +44,11 @@ FAULTS = {
     "cuts after a chunk": (says(CHUNKED + b"8\r\nMSG_OK:1\r\n"), "answer cut short"),
     "cuts the last chunk": (says(CHUNKED + b"8\r\nMSG_OK:1\r\n0\r\n"), "answer cut short"),
     "cuts after a chunk and resets": (says(CHUNKED + b"8\r\nMSG_OK:1\r\n", then="reset"), None),
-    "spoils the chunk's size": (says(CHUNKED + b"zz\r\nMSG_OK:1\r\n0\r\n\r\n"), None),
+    "spoils the chunk's size": (
+        says(CHUNKED + b"zz\r\nMSG_OK:1\r\n0\r\n\r\n"),
+        "answer is not HTTP",
+    ),
+    "goes on after the answer": (says(SIZED + b"MSG_OK:1MSG_OK:2"), "answer is not HTTP"),
     "resets a body without length": (says(OK + b"\r\nMSG_OK:1", then="reset"), None),
     "speaks no HTTP": (says(b"MSG_OK:1\r\n\r\n"), "answer is not HTTP"),
     "gives no status": (says(b"HTTP/1.1 OK\r\n\r\n"), "answer is not HTTP"),
@@ -149,6 +154,22 @@ async def test_a_redirect_is_not_followed(
         assert isinstance(reply, Answer)
         assert (reply.status, reply.body) == (status, b"")
         assert (len(raw.requests), len(other.lines)) == (1, 0)
+
+
+async def test_an_answer_that_is_none_is_not_waited_for(raw: RawProvider) -> None:
+    """Once an answer cannot be read any further, its connection is closed, by us."""
+
+    async def spoil(request: Received) -> None:
+        await request.line.write(CHUNKED + b"3\r\nMSG\r\n")
+        await asyncio.sleep(0.05)
+        await request.line.write(b"zz\r\n")
+
+    raw.script = spoil
+    async with client(raw.url) as provider:
+        reply = await send(provider)
+        assert isinstance(reply, InDoubt)
+        assert (reply.reason, reply.received) == ("answer is not HTTP", b"MSG")
+        await raw.all_closed()
 
 
 async def hangs(request: Received) -> None:

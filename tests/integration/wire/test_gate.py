@@ -7,6 +7,7 @@ import aiohttp
 import pytest
 
 from dispatcher import provider as module
+from dispatcher.connections import Connections
 from dispatcher.provider import Answer, InDoubt, NeverLeft
 from tests.integration.wire.client import client, send
 from tests.integration.wire.raw_provider import RawProvider, Received
@@ -213,7 +214,7 @@ async def test_any_error_after_the_write_is_in_doubt(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(module, "_look_for_cut", broken)
+    monkeypatch.setattr(Connections, "give_back", broken)
     async with client(raw.url) as provider:
         reply = await send(provider)
     assert isinstance(reply, InDoubt)

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from dispatcher.provider import Answer, NeverLeft
 from tests.integration.wire.client import client, send
 from tests.integration.wire.raw_provider import RawProvider, Received, well
@@ -41,6 +43,60 @@ async def test_an_answer_nobody_asked_for_is_nobodys(raw: RawProvider) -> None:
             assert isinstance(reply, Answer)
             assert reply.body == b"MSG_OK:%d" % len(raw.requests)
             assert raw.requests[-1].on_connection == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nMSG_OK:666", b""),
+        (b"HTTP/1.1 200 OK\r\nContent-Len", b"gth: 10\r\n\r\nMSG_OK:666"),
+        (b"H", b"TTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nMSG_OK:666"),
+    ],
+    ids=["whole", "half", "one byte"],
+)
+async def test_what_comes_unasked_ends_a_connection(
+    raw: RawProvider, before: bytes, after: bytes
+) -> None:
+    """Not even the beginning of an answer that nobody asked for is waited for or built upon."""
+
+    async def go_on(request: Received) -> None:
+        if request.on_connection > 1:
+            await request.line.write(after)
+        await well(request)
+
+    raw.script = go_on
+    async with client(raw.url) as provider:
+        await send(provider)
+        raw.lines[0].write_now(before)
+        await asyncio.sleep(0.05)
+        reply = await send(provider)
+    assert isinstance(reply, Answer)
+    assert reply.body == b"MSG_OK:2"
+    assert [request.on_connection for request in raw.requests] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 6\r\n\r\nMSG_OK",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 6\r\n\r\nMSG_OK",
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: other\r\n\r\n",
+    ],
+    ids=["closes", "speaks HTTP/1.0", "speaks another protocol"],
+)
+async def test_a_connection_is_not_used_after_an_answer_that_ends_it(
+    raw: RawProvider, head: bytes
+) -> None:
+    """What a provider has said is the last answer of a connection is, though it stays open."""
+
+    async def last(request: Received) -> None:
+        await request.line.write(head)
+
+    raw.script = last
+    async with client(raw.url) as provider:
+        for _ in range(2):
+            assert isinstance(await send(provider), Answer)
+    assert [request.on_connection for request in raw.requests] == [1, 1]
 
 
 async def test_an_answer_given_twice_at_once_is_taken_once(raw: RawProvider) -> None:
