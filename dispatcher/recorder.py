@@ -84,6 +84,8 @@ class Recorder:
         self._together = min(BATCH, max(1, int(places * TOGETHER)))
         self._released = released
         self._accepted = accepted
+        # Bound once: the module's own does so for each line, a fifth of what a line costs.
+        self._log = log.bind()
         self._database = database
         self._waiting: deque[Settled] = deque()
         self._batch: list[Settled] = []
@@ -211,7 +213,7 @@ class Recorder:
             self._metrics.request(settled.seconds)
         if accepted_after is not None:
             self._metrics.insert_to_accepted(accepted_after)
-        log.info(
+        self._log.info(
             EVENTS[outcome.status],
             id=message.id,
             service_id=message.service_id,

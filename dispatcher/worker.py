@@ -326,11 +326,13 @@ class Worker:
         except DatabaseLost:
             self._reclaim_due = True
             raise
+        common = {row["service_id"]: row for row in claim.services}
         last_slot = {row["service_id"]: row["id"] for row in claim.sending}
         for row in claim.sending:
             self.sender.begin(
                 self._message(
                     row,
+                    common[row["service_id"]],
                     began,
                     last_slot=last_slot[row["service_id"]] == row["id"],
                     egress_probe=egress_probe,
@@ -348,10 +350,7 @@ class Worker:
         )
         # Their messages can be claimed now that their numbers are read.
         again = {row["service_id"] for row in claim.unread}
-        seen = set()
-        for row in claim.services:
-            service = row["service_id"]
-            seen.add(service)
+        for service, row in common.items():
             if service in again:
                 continue
             if got[service] >= asked[service]:
@@ -364,8 +363,8 @@ class Worker:
                 self._later[service] = self._clock.local(row["slot"]) - outbox.HORIZON / 2
             if row["spent"] is not None:
                 self._tell_spent(service, row["spent"], row["send_before"])
-        self._active.difference_update(asked.keys() - seen)
-        if not seen:
+        self._active.difference_update(asked.keys() - common.keys())
+        if not common:
             # The egress or the lease is closed by the database's word; ours is out of date.
             self._egress_stale = True
         return _Claimed(len(claim.sending), len(claim.refused) + len(claim.unread))
@@ -384,6 +383,7 @@ class Worker:
     def _message(
         self,
         row: Record,
+        common: Record,
         began: float,
         *,
         last_slot: bool,
@@ -395,7 +395,7 @@ class Worker:
             id=row["id"],
             claim_no=row["claim_no"],
             service_id=row["service_id"],
-            user_id=row["user_id"],
+            user_id=common["user_id"],
             msisdn=row["number"],
             text=row["text"],
             extended=row["extended"],
@@ -404,11 +404,11 @@ class Worker:
             doubted=row["doubts"] > 0,
             claimed_at=began,
             slot=None if row["slot"] is None else local(row["slot"]),
-            delay=row["delay"] or 0.0,
+            delay=common["delay"] or 0.0,
             last_slot=last_slot,
-            send_before=None if row["send_before"] is None else local(row["send_before"]),
+            send_before=None if common["send_before"] is None else local(common["send_before"]),
             expires=None if row["expires"] is None else local(row["expires"]),
-            ban_episode=row["ban_episode"],
+            ban_episode=common["ban_episode"],
             egress_probe=egress_probe,
             probes_service=probe_service,
         )

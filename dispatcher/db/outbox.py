@@ -343,20 +343,20 @@ reserved AS (
     WHERE p.service_id = t.service_id AND a.delay IS NOT NULL
 )
 SELECT
-    'message' AS kind, w.service_id, w.id, w.status, w.claim_no, a.user_id, w.number, w.msisdn,
-    w.text, w.extended, w.attempts, w.failures, w.error, a.ban_episode,
-    extract(epoch FROM a.now)::float8 AS now,
-    extract(epoch FROM CASE WHEN a.delay IS NOT NULL THEN s.slot END)::float8 AS slot,
-    extract(epoch FROM a.send_before)::float8 AS send_before,
+    'message' AS kind, w.service_id, w.id, w.status, w.claim_no, w.number, w.msisdn, w.text,
+    w.extended, w.attempts, w.failures, w.doubts, w.error,
     extract(epoch FROM w.expires_at)::float8 AS expires,
-    a.delay, NULL AS spent, NULL::boolean AS slots_short, s.place, w.doubts,
+    extract(epoch FROM CASE WHEN a.delay IS NOT NULL THEN s.slot END)::float8 AS slot, s.place,
+    NULL::float8 AS now, NULL::bigint AS user_id, NULL::bigint AS ban_episode,
+    NULL::float8 AS delay, NULL::float8 AS send_before, NULL AS spent,
+    NULL::boolean AS slots_short,
     NULL::smallint[] AS priorities, NULL::text[] AS due, NULL::bigint[] AS ids
 FROM written w
 JOIN allowed a USING (service_id)
 LEFT JOIN sendable s USING (id)
 UNION ALL
 SELECT
-    'unread', j.service_id, j.id, NULL, NULL, NULL, NULL, j.msisdn,
+    'unread', j.service_id, j.id, NULL, NULL, NULL, j.msisdn, NULL,
     NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL
 FROM judged j
@@ -365,15 +365,15 @@ UNION ALL
 SELECT
     'service', a.service_id, NULL, NULL, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, NULL,
-    extract(epoch FROM a.now)::float8,
-    extract(epoch FROM greatest(a.first_slot, p.next_slot))::float8,
-    extract(epoch FROM a.send_before)::float8, NULL, a.delay,
+    extract(epoch FROM greatest(a.first_slot, p.next_slot))::float8, a.places_allowed,
+    extract(epoch FROM a.now)::float8, a.user_id, a.ban_episode, a.delay,
+    extract(epoch FROM a.send_before)::float8,
     CASE
         WHEN a.closed THEN NULL
         WHEN a.day_left <= coalesce(t.messages, 0) THEN 'day'
         WHEN a.week_left <= coalesce(t.messages, 0) THEN 'week'
         WHEN a.month_left <= coalesce(t.messages, 0) THEN 'month'
-    END, a.slots_short, a.places_allowed, NULL, ended.priorities, ended.due, ended.ids
+    END, a.slots_short, ended.priorities, ended.due, ended.ids
 FROM allowed a
 JOIN pace p USING (service_id)
 LEFT JOIN taken t USING (service_id)
@@ -393,8 +393,8 @@ class Claim:
     unread: list[Record]
     """Left as they were: their number has to be read first."""
     services: list[Record]
-    """What holds each service that was asked: its quota left, its slots; and its last messages,
-    from which a claim may go on if there are more."""
+    """What is common to the messages of each service that was asked, and what holds it: its quota
+    left, its slots; and its last messages, from which a claim may go on if there are more."""
 
 
 class ClaimRefused(Exception):

@@ -93,7 +93,7 @@ async def peer(dsn: str, *, egress: str = "default", lease: float = 300) -> Asyn
         yield Peer(session, worker_id, egress)
 
 
-async def wait_for(condition: Callable[[], Awaitable[T]], what: str) -> T:
+async def wait_for(condition: Callable[[], Awaitable[T | None]], what: str) -> T:
     """Look until the condition is true and return it; fails, saying what never came."""
     try:
         async with asyncio.timeout(PATIENCE):

@@ -45,9 +45,11 @@ async def test_claimed_row(connection: Connection, worker: Peer) -> None:
     claim = await worker.claim()
 
     (row,) = claim.sending
-    assert (row["id"], row["user_id"], row["number"], row["text"]) == (claimed, 7, NUMBER, TEXT)
+    assert (row["id"], row["number"], row["text"]) == (claimed, NUMBER, TEXT)
     assert (row["extended"], row["attempts"], row["claim_no"]) == (False, 0, 1)
-    assert (row["slot"], row["delay"], row["send_before"], row["expires"]) == (None,) * 4
+    assert (row["slot"], row["expires"]) == (None, None)
+    (service,) = claim.services
+    assert (service["user_id"], service["delay"], service["send_before"]) == (7, None, None)
     stored = await message(connection, claimed)
     assert (stored["status"], stored["worker_id"], stored["claim_no"]) == (
         "sending",
@@ -359,10 +361,10 @@ async def test_closed_egress(database: str, connection: Connection, worker: Peer
     await egress.sicken(worker.session, worker.egress)
 
     assert await worker.ids() == []
-    (probe,) = (await worker.claim(1, egress=True)).sending
+    (probed,) = (await worker.claim(1, egress=True)).services
     async with peer(database, egress="other") as other:
         assert len(await other.ids()) == 2
-    assert probe["ban_episode"] == 0
+    assert probed["ban_episode"] == 0
 
 
 async def test_no_claim_without_a_lease(database: str, connection: Connection) -> None:
@@ -418,7 +420,7 @@ async def test_least_limit_holds(
     assert len(claim.sending) == 3
     assert await used(connection) == (3, 3, 3)
     assert [row["spent"] for row in claim.services] == [place]
-    assert claim.sending[0]["send_before"] is not None
+    assert claim.services[0]["send_before"] is not None
     assert await worker.ids() == []
 
 
@@ -557,13 +559,13 @@ async def test_extra_delay_paces_a_service_without_delay(
     assert row["slot"] is None
 
     await services.slow(worker.session, row["id"], row["claim_no"])
-    rows = (await worker.claim()).sending
+    claim = await worker.claim()
 
     assert all(
         b["slot"] - a["slot"] == pytest.approx(services.STEP_LEAST, abs=1e-5)
-        for a, b in pairwise(rows)
+        for a, b in pairwise(claim.sending)
     )
-    assert rows[0]["delay"] == pytest.approx(services.STEP_LEAST)
+    assert claim.services[0]["delay"] == pytest.approx(services.STEP_LEAST)
 
 
 # ------------------------------------------------------------------ what waits

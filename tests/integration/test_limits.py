@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dispatcher.db import quota
+from dispatcher.db.outbox import Claim
 from dispatcher.db.pool import Record
 from dispatcher.embedded import EmbeddedPostgres
 from tests.builders import SERVICE, add_message, add_messages, add_service
@@ -161,23 +162,24 @@ async def test_next_window_brings_the_whole_limit_again(
     await add_messages(connection, 9)
     await nearing(connection, weekday)
 
-    first = (await worker.claim()).sending
-    second = await wait_for(lambda: sending(worker), "the next window")
+    first = await worker.claim()
+    second = await wait_for(lambda: brought(worker), "the next window")
 
-    assert (len(first), len(second)) == (2, 2)
+    assert (len(first.sending), len(second.sending)) == (2, 2)
     assert await worker.ids() == []
-    end = first[0]["send_before"]
-    assert first[0]["now"] < end <= second[0]["now"]
-    assert second[0]["send_before"] == pytest.approx(end + 86_400)
+    (before,), (after,) = first.services, second.services
+    assert before["now"] < before["send_before"] <= after["now"]
+    assert after["send_before"] == pytest.approx(before["send_before"] + 86_400)
     counts = await connection.fetch(
         "SELECT used FROM quota_usage WHERE period = $1 AND used > 0", period
     )
     assert [row["used"] for row in counts] == [2, 2]
 
 
-async def sending(worker: Peer) -> list[Record]:
-    """What one more claim brings."""
-    return (await worker.claim()).sending
+async def brought(worker: Peer) -> Claim | None:
+    """One more claim, if it brings anything."""
+    claim = await worker.claim()
+    return claim if claim.sending else None
 
 
 async def test_change_of_zone(connection: Connection, worker: Peer) -> None:
@@ -295,10 +297,10 @@ async def test_closed_window_ends(connection: Connection, worker: Peer) -> None:
     await nearing(connection, WEDNESDAY)
     (window,) = await refused(connection, worker, "day")
 
-    rows = await wait_for(lambda: sending(worker), "the next day")
+    claim = await wait_for(lambda: brought(worker), "the next day")
 
-    assert len(rows) == 1
-    assert rows[0]["now"] >= window["closed_until"].timestamp()
+    assert len(claim.sending) == 1
+    assert claim.services[0]["now"] >= window["closed_until"].timestamp()
 
 
 @pytest.mark.parametrize(
