@@ -74,7 +74,7 @@ class Connections:
             connection = await self._connector.connect(self._route, traces=[], timeout=_ENDLESS)
         finally:
             self._opening -= 1
-        return Line(connection, encrypted=self._route.is_ssl())
+        return Line(connection)
 
     def give_back(self, line: Line) -> None:
         """Keep one for the next message, unless it has to be closed."""

@@ -1,8 +1,8 @@
 """One connection to the provider: a request goes out, its answer comes in, and nothing else may.
 
-aiohttp opens the connection, and its parser reads the answers. Its own protocol between the two is
-for all of HTTP: it took a tenth of the worker's time for what one short answer does not need, and
-what comes unasked it may keep for the next request. So it steps aside until the end.
+aiohttp opens the connection, and its parser reads the answers. The protocol that it puts between
+the two serves all of HTTP: it took a tenth of the worker's time, measured, and of what comes
+unasked it may keep a part for the next request. So it steps aside while the connection is in use.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ class Line(BaseProtocol):
 
     Args:
         connection: What aiohttp has opened.
-        encrypted: Whether it speaks TLS.
     """
 
-    def __init__(self, connection: Connection, *, encrypted: bool) -> None:
+    def __init__(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(loop)
         self._connection = connection
@@ -58,15 +57,17 @@ class Line(BaseProtocol):
         self.transport = connection.transport
         if self.transport is not None:
             self.transport.set_protocol(self)
-            if not encrypted:
-                # Under TLS the socket's bytes may be the protocol's own and say nothing.
-                self._unread = _unread(self.transport.get_extra_info("socket").fileno())
+            self._unread = _unread_in(self.transport.get_extra_info("socket").fileno())
 
     @property
     def usable(self) -> bool:
         """Whether the next request may be written as far as this process has been told."""
         return not (
-            self._spoilt or self._paused or self.transport is None or self.transport.is_closing()
+            self._spoilt
+            or self._paused
+            or self._waiting is not None
+            or self.transport is None
+            or self.transport.is_closing()
         )
 
     @property
@@ -76,16 +77,18 @@ class Line(BaseProtocol):
         What has come unasked would be taken for its answer. And a provider may close after an
         answer without announcing it: under load the connection is taken for the next request
         before the loop has read of its end, and half of all messages would be in doubt. So the
-        socket itself is asked.
+        socket itself is asked. A line that is usable and not ready may be so once the loop has
+        read: under TLS what has come may be the protocol's own.
         """
-        return self.usable and (self._unread is None or not self._unread())
+        return self.usable and self._unread is not None and not self._unread()
 
     def ask(self, request: bytes) -> asyncio.Future[Whole]:
         """Write a request at once, to a line that is ready; the future brings its answer.
 
-        The future raises NoAnswer, and OSError if the connection broke.
+        The future raises NoAnswer, and OSError if the connection broke. Raises RuntimeError on a
+        line that is lost or still waits for an answer.
         """
-        if self.transport is None:
+        if self.transport is None or self._waiting is not None:
             raise RuntimeError("the line is not ready")
         self._reader = HttpResponseParser(
             self,
@@ -118,16 +121,17 @@ class Line(BaseProtocol):
         reader, waiting = self._reader, self._waiting
         if reader is None or waiting is None or waiting.done():
             # Nothing was asked, so it is nobody's answer.
-            self._spoilt = True
+            self.close()
             return
         try:
-            messages, upgraded, _ = reader.feed_data(data)
-            self._spoilt = self._spoilt or upgraded
+            messages, _, _ = reader.feed_data(data)
             for head, content in messages:
                 self._take(head, content)
             if self._content is not None:
-                self._read(self._content, waiting)
+                self._read(self._content, reader, waiting)
         except Exception:  # noqa: BLE001 - a stranger's bytes; whatever they upset, it is no answer
+            if self._content is not None:
+                self._keep(self._content)
             self._fail(waiting, NoAnswer("answer is not HTTP"))
 
     def _take(self, head: RawResponseMessage, content: StreamReader) -> None:
@@ -135,21 +139,31 @@ class Line(BaseProtocol):
             self._spoilt = True  # a second answer, which nobody asked for
         elif not _announces(head.code):
             self._status, self._content = head.code, content
-            self._spoilt = self._spoilt or head.should_close
+            last = head.should_close or head.code == HTTPStatus.SWITCHING_PROTOCOLS
+            self._spoilt = self._spoilt or last
 
-    def _read(self, content: StreamReader, waiting: asyncio.Future[Whole]) -> None:
-        self.received += content.read_nowait(MAX_ANSWER + 1 - len(self.received))
+    def _read(
+        self, content: StreamReader, reader: HttpResponseParser, waiting: asyncio.Future[Whole]
+    ) -> None:
+        self._keep(content)
         if len(self.received) > MAX_ANSWER:
             self._fail(waiting, NoAnswer("answer too long"))
         elif content.is_eof():
-            waiting.set_result(Whole(self._status, self.received))
+            self._spoilt = self._spoilt or _has_begun_another(reader)
+            whole = Whole(self._status, self.received)
             # Nothing of it stays here: it could hold the text.
             self._reader = self._content = self._waiting = None
             self.received = b""
+            waiting.set_result(whole)
+
+    def _keep(self, content: StreamReader) -> None:
+        if content.exception() is None:
+            self.received += content.read_nowait(MAX_ANSWER + 1 - len(self.received))
 
     def _fail(self, waiting: asyncio.Future[Whole], error: Exception) -> None:
         self._spoilt = True
-        self._reader = None
+        # The error leads to all that waited for the answer, and must not be led back to.
+        self._reader = self._content = self._waiting = None
         waiting.set_exception(error)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -157,7 +171,6 @@ class Line(BaseProtocol):
         reader, waiting = self._reader, self._waiting
         if reader is not None and waiting is not None and not waiting.done():
             self._end(reader, waiting, exc)
-        self._reader = None
         super().connection_lost(exc)
         if self._theirs is not None:
             self._theirs.connection_lost(exc)
@@ -171,24 +184,28 @@ class Line(BaseProtocol):
         """Tell an answer that ends with the connection from one that was cut short.
 
         Without a length the two look alike, and such servers exist, so it is taken for whole if
-        the connection was closed in order; after a reset it is not.
+        the provider closed the connection in order.
         """
-        broken = error if isinstance(error, OSError) else None
+        content = self._content
+        in_order = error is None and not self._closed_by_us()
         try:
             reader.feed_eof()
         except Exception:  # noqa: BLE001 - as in data_received
             self._fail(waiting, NoAnswer("answer cut short"))
             return
-        content = self._content
         if content is None:
+            broken = error if isinstance(error, OSError) else None
             self._fail(waiting, broken or NoAnswer("connection closed without an answer"))
-        elif broken is not None or not content.is_eof():
-            self._fail(waiting, NoAnswer("answer cut short"))
+        elif in_order and content.is_eof():
+            self._read(content, reader, waiting)
         else:
-            self._read(content, waiting)
+            self._fail(waiting, NoAnswer("answer cut short"))
+
+    def _closed_by_us(self) -> bool:
+        return self._theirs is None or self._theirs.transport is None
 
     def pause_reading(self) -> None:
-        """Go on: an answer that is too long ends the connection at once."""
+        """Go on: an answer that is too long ends the connection."""
 
     def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's
         """Go on: nothing was paused."""
@@ -199,14 +216,23 @@ def _announces(status: int) -> bool:
     return 100 <= status < 200 and status != HTTPStatus.SWITCHING_PROTOCOLS
 
 
+def _has_begun_another(reader: HttpResponseParser) -> bool:
+    """Whether more came with an answer than the answer, though it is no whole head yet."""
+    try:
+        return reader.feed_eof() is not None
+    except Exception:  # noqa: BLE001 - as in data_received
+        return True
+
+
 if sys.platform == "win32":  # pragma: no cover
 
-    def _unread(descriptor: int) -> Callable[[], bool]:
+    def _unread_in(descriptor: int) -> Callable[[], bool]:
+        # Nothing is seen of what the loop's own pending read has taken already.
         return lambda: bool(select.select([descriptor], [], [], 0)[0])
 
 else:
 
-    def _unread(descriptor: int) -> Callable[[], bool]:
+    def _unread_in(descriptor: int) -> Callable[[], bool]:
         """Tell, whenever called, whether bytes or an end wait in a socket to be read."""
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)

@@ -27,6 +27,9 @@ from yarl import URL
 from dispatcher.connections import Connections
 from dispatcher.line import Line, NoAnswer, Whole
 
+TURNS: Final = 5
+"""Turns of the event loop after which what lay in a socket is read; it may be TLS's own."""
+
 Check: TypeAlias = Callable[[], str | None]
 """Asked at the last moment: None to send, or why not, in one plain phrase."""
 
@@ -200,6 +203,7 @@ class _Attempt:
     """One message's request and answer, with the mark and the deadline."""
 
     __slots__ = (
+        "_answer",
         "_cancelling",
         "_check",
         "_connections",
@@ -229,6 +233,7 @@ class _Attempt:
         self._wait = wait
         self._watchdog = watchdog
         self._loop = loop
+        self._answer: asyncio.Future[Whole] | None = None
         self.left_at: float | None = None
         self.received = b""
         self.deadline = 0.0
@@ -259,17 +264,20 @@ class _Attempt:
 
     async def exchange(self) -> Answer:
         """Send the request, and read the answer to its end."""
-        line, answer = await self._leave()
+        line, self._answer = await self._leave()
         try:
-            status, body = await answer
+            status, body = await self._answer
             self._connections.give_back(line)
         except BaseException:
             self.received = line.received
             line.close()
             raise
+        finally:
+            # A failure in it leads to this attempt, with number and text.
+            self._answer = None
         return Answer(status, body, self.seconds())
 
-    async def _leave(self) -> tuple[Line, Awaitable[Whole]]:
+    async def _leave(self) -> tuple[Line, asyncio.Future[Whole]]:
         """Write the request to a connection that can take it."""
         for _ in range(2):
             line = self._connections.take() or await self._connections.open()
@@ -277,6 +285,11 @@ class _Attempt:
                 if self._wait is not None:
                     await self._due(self._wait)
                 answer = self._write(line)
+                turns = TURNS
+                while answer is None and turns and line.usable:
+                    await asyncio.sleep(0)
+                    turns -= 1
+                    answer = self._write(line)
             except BaseException:
                 # Also where the message is withheld: to keep it would begin its idle time anew.
                 line.close()
@@ -284,11 +297,9 @@ class _Attempt:
             if answer is not None:
                 return line, answer
             line.close()
-            # In this turn uvloop learns of all connections that have closed meanwhile.
-            await asyncio.sleep(0)
         raise NoAnswer("connection closed before the request")
 
-    def _write(self, line: Line) -> Awaitable[Whole] | None:
+    def _write(self, line: Line) -> asyncio.Future[Whole] | None:
         """Write the request if it may leave; None if the connection cannot take it any more."""
         if not line.ready:
             return None
@@ -308,6 +319,8 @@ class _Attempt:
         self._watchdog.resume(self, left, self._loop)
 
     def cancel(self) -> None:
+        if self._answer is not None and self._answer.done():
+            return  # it came at the last moment, and the task is about to take it
         self.overdue = True
         self._task.cancel()
 

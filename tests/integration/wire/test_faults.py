@@ -162,13 +162,13 @@ async def test_an_answer_that_is_none_is_not_waited_for(raw: RawProvider) -> Non
     async def spoil(request: Received) -> None:
         await request.line.write(CHUNKED + b"3\r\nMSG\r\n")
         await asyncio.sleep(0.05)
-        await request.line.write(b"zz\r\n")
+        await request.line.write(b"5\r\n_OK:1\r\nzz\r\n")
 
     raw.script = spoil
     async with client(raw.url) as provider:
         reply = await send(provider)
         assert isinstance(reply, InDoubt)
-        assert (reply.reason, reply.received) == ("answer is not HTTP", b"MSG")
+        assert (reply.reason, reply.received) == ("answer is not HTTP", b"MSG_OK:1")
         await raw.all_closed()
 
 

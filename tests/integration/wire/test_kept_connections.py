@@ -30,6 +30,25 @@ async def test_a_connection_closed_unseen_is_replaced(raw: RawProvider) -> None:
     assert [request.on_connection for request in raw.requests] == [1, 1]
 
 
+async def test_connections_that_all_closed_at_once_are_replaced(raw: RawProvider) -> None:
+    """Many that ended while idle are not tried one after the other; a new one is opened."""
+    together = asyncio.Barrier(10)
+
+    async def rush(request: Received) -> None:
+        await together.wait()
+        await well(request)
+
+    raw.script = rush
+    async with client(raw.url, concurrency=10) as provider:
+        await asyncio.gather(*(send(provider) for _ in range(10)))
+        raw.script = well
+        for line in raw.lines:
+            line.hang_up()
+        reply = await send(provider)
+    assert isinstance(reply, Answer)
+    assert (len(raw.requests), len(raw.lines)) == (11, 11)
+
+
 async def test_an_answer_nobody_asked_for_is_nobodys(raw: RawProvider) -> None:
     """A second answer on a kept connection is never taken for the next message's."""
     stray = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nMSG_OK:666"
@@ -72,6 +91,39 @@ async def test_what_comes_unasked_ends_a_connection(
         reply = await send(provider)
     assert isinstance(reply, Answer)
     assert reply.body == b"MSG_OK:2"
+    assert [request.on_connection for request in raw.requests] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("begun", "rest"),
+    [
+        (b"H", b"TTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nMSG_OK:666"),
+        (b"HTTP/1.1 200 OK\r\n", b"Content-Length: 10\r\n\r\nMSG_OK:666"),
+        (
+            b"HTTP/1.1 100 Continue\r\n",
+            b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nMSG_OK:666",
+        ),
+    ],
+    ids=["one byte", "half", "half a promise"],
+)
+async def test_what_begins_behind_an_answer_ends_its_connection(
+    raw: RawProvider, begun: bytes, rest: bytes
+) -> None:
+    """What comes with an answer and is not part of it is not built upon either."""
+
+    async def and_more(request: Received) -> None:
+        if request.on_connection > 1:
+            await request.line.write(rest)
+        body = b"MSG_OK:%d" % request.number
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+        await request.line.write(head + body + begun)
+
+    raw.script = and_more
+    async with client(raw.url) as provider:
+        for number in (1, 2):
+            reply = await send(provider)
+            assert isinstance(reply, Answer)
+            assert reply.body == b"MSG_OK:%d" % number
     assert [request.on_connection for request in raw.requests] == [1, 1]
 
 

@@ -51,6 +51,7 @@ async def test_a_line_is_not_used_after_a_failure(
 async def test_a_line_that_is_lost_is_not_asked(raw: RawProvider, connections: Connections) -> None:
     """A request that nobody can get is an error of the caller's."""
     line = await connections.open()
+    await raw.connected.wait()
     raw.lines[0].hang_up()
     async with asyncio.timeout(20):
         while line.usable:  # noqa: ASYNC110 - a line tells nobody of its end
@@ -66,6 +67,7 @@ async def test_what_comes_while_aiohttp_keeps_a_line_spoils_it(
     """Handed back and taken again, a line knows what came unasked meanwhile."""
     line = await connections.open()
     line.release()
+    await raw.connected.wait()
     raw.lines[0].write_now(b"HTTP/1.1 200 OK\r\n")
     await asyncio.sleep(0.05)
     again = await connections.open()
@@ -84,3 +86,67 @@ async def test_closing_ends_lines_that_are_in_use(
         await raw.all_closed()
     assert not line.usable
     line.close()
+
+
+async def test_an_answer_that_our_own_close_ends_is_cut_short(
+    raw: RawProvider, connections: Connections
+) -> None:
+    """Without a length only the provider's own close says that this was all."""
+
+    async def without_length(request: Received) -> None:
+        await request.line.write(b"HTTP/1.1 200 OK\r\n\r\nMSG_OK:12")
+
+    raw.script = without_length
+    line = await connections.open()
+    answer = line.ask(REQUEST)
+    async with asyncio.timeout(20):
+        while not line.received:  # noqa: ASYNC110 - a line tells nobody of a part
+            await asyncio.sleep(0.001)
+    await connections.close()
+    with pytest.raises(NoAnswer, match=r"^answer cut short$"):
+        await answer
+    line.close()
+
+
+async def test_an_end_for_whatever_error_is_not_in_order(
+    raw: RawProvider, connections: Connections
+) -> None:
+    """What the event loop could not read on may have been the rest of the answer."""
+
+    async def without_length(request: Received) -> None:
+        await request.line.write(b"HTTP/1.1 200 OK\r\n\r\nMSG_OK:12")
+
+    raw.script = without_length
+    line = await connections.open()
+    answer = line.ask(REQUEST)
+    async with asyncio.timeout(20):
+        while not line.received:  # noqa: ASYNC110 - a line tells nobody of a part
+            await asyncio.sleep(0.001)
+    line.connection_lost(MemoryError())
+    with pytest.raises(NoAnswer, match=r"^answer cut short$"):
+        await answer
+    line.close()
+
+
+async def test_a_line_that_is_sent_something_unasked_is_closed(
+    raw: RawProvider, connections: Connections
+) -> None:
+    """A provider that floods an idle connection is hung up on."""
+    connections.give_back(await connections.open())
+    await raw.connected.wait()
+    raw.lines[0].write_now(b"x")
+    async with asyncio.timeout(20):
+        await raw.all_closed()
+
+
+async def test_a_line_has_one_request_at_a_time(connections: Connections) -> None:
+    """The second one's answer would be taken for the first one's."""
+    line = await connections.open()
+    answer = line.ask(REQUEST)
+    ready = [line.ready]
+    with pytest.raises(RuntimeError, match="not ready"):
+        await line.ask(REQUEST)
+    assert await answer == Whole(200, b"MSG_OK:1")
+    ready.append(line.ready)
+    assert ready == [False, True]
+    line.release()

@@ -7,7 +7,10 @@ from collections.abc import AsyncIterator
 import aiohttp.connector
 import pytest
 import trustme
+from yarl import URL
 
+from dispatcher.connections import Connections
+from dispatcher.line import Line
 from dispatcher.provider import Answer, InDoubt, NeverLeft
 from tests.integration.wire.client import client, send
 from tests.integration.wire.raw_provider import RawProvider, Received, well
@@ -92,6 +95,56 @@ async def test_a_connection_closed_while_idle_is_replaced(raw: RawProvider) -> N
         await asyncio.sleep(0.05)
         assert isinstance(await send(provider), Answer)
     assert [request.on_connection for request in raw.requests] == [1, 1]
+
+
+async def test_an_answer_nobody_asked_for_is_nobodys(raw: RawProvider) -> None:
+    """What lies in the socket when the next message is to go is read first, whatever it is."""
+    async with client(raw.url) as provider:
+        await send(provider)
+        raw.lines[0].writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nMSG_OK:666")
+        reply = await send(provider)
+    assert isinstance(reply, Answer)
+    assert reply.body == b"MSG_OK:2"
+    assert [request.on_connection for request in raw.requests] == [1, 1]
+
+
+async def test_a_provider_that_closes_after_each_answer(raw: RawProvider) -> None:
+    """Nothing is written to a connection whose end waits in the socket."""
+
+    async def answer_and_close(request: Received) -> None:
+        await request.line.answer()
+        request.line.writer.close()
+
+    raw.script = answer_and_close
+    async with client(raw.url, concurrency=5) as provider:
+        for _ in range(10):
+            replies = await asyncio.gather(*(send(provider) for _ in range(5)))
+            assert all(isinstance(reply, Answer) for reply in replies)
+    assert len(raw.requests) == 50
+
+
+async def test_a_line_whose_end_was_read_is_not_asked(
+    raw: RawProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written after an end without TLS's goodbye, and before its loss is told, is lost."""
+    connections = Connections(URL(raw.url), limit=1, keepalive=30)
+    line = await connections.open()
+    await line.ask(b"GET / HTTP/1.1\r\nHost: provider\r\n\r\n")
+    ready_after_its_end: list[bool] = []
+
+    def eof_received() -> None:
+        asyncio.get_running_loop().call_soon(lambda: ready_after_its_end.append(line.ready))
+        Line.eof_received(line)
+
+    monkeypatch.setattr(line, "eof_received", eof_received)
+    # asyncio's own TLS, of which this is true, looks the method up each time.
+    raw.lines[0].writer.transport.abort()
+    async with asyncio.timeout(20):
+        while line.usable:  # noqa: ASYNC110 - a line tells nobody of its end
+            await asyncio.sleep(0.001)
+    assert True not in ready_after_its_end
+    line.close()
+    await connections.close()
 
 
 async def test_a_provider_that_is_not_trusted_gets_nothing(
