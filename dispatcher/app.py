@@ -207,18 +207,18 @@ class App:
         return None
 
     @asynccontextmanager
-    async def _session(self, name: str, *, by_index: bool = False) -> AsyncIterator[Session]:
+    async def _session(self, name: str, *, planned_once: bool = False) -> AsyncIterator[Session]:
         async with Session(
-            self._dsn, name=f"dispatcher {name}", timeout=self._timeout, by_index=by_index
+            self._dsn, name=f"dispatcher {name}", timeout=self._timeout, planned_once=planned_once
         ) as session:
             yield session
 
     async def _work(self, server: Server) -> int:
         settings = self._settings
         async with AsyncExitStack() as stack:
-            claims = await stack.enter_async_context(self._session("claim", by_index=True))
-            records = await stack.enter_async_context(self._session("record", by_index=True))
-            rescues = await stack.enter_async_context(self._session("rescue", by_index=True))
+            claims = await stack.enter_async_context(self._session("claim", planned_once=True))
+            records = await stack.enter_async_context(self._session("record", planned_once=True))
+            rescues = await stack.enter_async_context(self._session("rescue", planned_once=True))
             beats = await stack.enter_async_context(self._session("beat"))
             upkeep = await stack.enter_async_context(self._session("upkeep"))
             slots = await stack.enter_async_context(self._session("pace"))

@@ -212,14 +212,14 @@ class Sender:
 
     def _settled(self, message: Message, reply: Reply) -> Settled:
         match reply:
-            case Answer(status=status, body=body, seconds=seconds):
-                outcome = outcomes.classify(status, body)
+            case Answer():
+                outcome = outcomes.classify(reply.status, reply.body)
                 return Settled(
                     message,
                     outcome,
                     answered=not outcome.in_doubt,
-                    left_at=clock.now() - seconds,
-                    seconds=seconds,
+                    left_at=clock.now() - reply.seconds,
+                    seconds=reply.seconds,
                 )
             case InDoubt(reason=reason, seconds=seconds, received=received):
                 return Settled(

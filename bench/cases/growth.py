@@ -87,7 +87,7 @@ class Statements:
     @asynccontextmanager
     async def ready(cls, dsn: str, services: Sequence[int]) -> AsyncIterator[Statements]:
         """Enter a worker that will claim of these services."""
-        async with Session(dsn, name="bench", timeout=60, by_index=True) as session:
+        async with Session(dsn, name="bench", timeout=60, planned_once=True) as session:
             made = cls(session, services)
             made._worker = await workers.enter(
                 session, "default", host="bench", pid=0, version="0", lease=3600

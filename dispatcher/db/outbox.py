@@ -623,7 +623,7 @@ async def record(
                     "id": r.id,
                     "claim_no": r.claim_no,
                     "worker_id": r.worker_id,
-                    "status": r.outcome.status.value,
+                    "status": r.outcome.status,
                     "reply": r.outcome.reply,
                     "provider_id": r.outcome.provider_id,
                     "error": r.outcome.error,

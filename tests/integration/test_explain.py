@@ -64,8 +64,8 @@ CROSS JOIN LATERAL (SELECT CASE
 class Explaining(Session):
     """Instead of running a statement it keeps its plan, as for these values and as for any."""
 
-    def __init__(self, dsn: str, *, by_index: bool = False) -> None:
-        super().__init__(dsn, name="test", timeout=60, by_index=by_index)
+    def __init__(self, dsn: str, *, planned_once: bool = False) -> None:
+        super().__init__(dsn, name="test", timeout=60, planned_once=planned_once)
         self.plans: list[Plan] = []
 
     async def fetch(self, sql: str, *args: object) -> list[Record]:
@@ -166,11 +166,11 @@ async def fill(connection: Connection, worker: Peer, shape: str) -> None:
         await connection.execute(f"VACUUM ANALYZE {table}")
 
 
-async def scans(database: str, worker: Peer, *names: str, by_index: bool = False) -> list[str]:
+async def scans(database: str, worker: Peer, *names: str, planned_once: bool = False) -> list[str]:
     """Those of the statements that read the whole outbox."""
     found = []
     for name in names:
-        async with Explaining(database, by_index=by_index) as session:
+        async with Explaining(database, planned_once=planned_once) as session:
             await STATEMENTS[name](session, worker)
         assert len(session.plans) == 2
         found += [
@@ -202,7 +202,22 @@ async def test_a_plan_made_early_serves_later(database: str, connection: Connect
 async def test_a_plan_made_on_an_empty_table_serves_later(database: str) -> None:
     """A worker's sessions read no table whole, even one that nobody has ever analysed."""
     async with peer(database) as worker:
-        assert await scans(database, worker, *STATEMENTS, by_index=True) == []
+        assert await scans(database, worker, *STATEMENTS, planned_once=True) == []
+
+
+async def test_a_statement_is_planned_once(database: str) -> None:
+    """Not five times more for its values, as PostgreSQL would by itself."""
+    async with (
+        peer(database) as worker,
+        Session(database, name="test", timeout=60, planned_once=True) as session,
+    ):
+        for _ in range(3):
+            await outbox.claim(session, worker.worker_id, {SERVICE: 10})
+        plans = await session.fetch(
+            "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1",
+            outbox._CLAIM,
+        )
+    assert [tuple(row) for row in plans] == [(3, 0)]
 
 
 async def test_cost_does_not_grow_with_the_backlog(database: str, connection: Connection) -> None:
