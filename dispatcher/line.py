@@ -2,7 +2,7 @@
 
 aiohttp opens the connection, and its parser reads the answers. The protocol that it puts between
 the two serves all of HTTP: it took a tenth of the worker's time, measured, and of what comes
-unasked it may keep a part for the next request. So it steps aside while the connection is in use.
+unasked it may keep a part for the next request. So it steps aside while a connection is ours.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Line(BaseProtocol):
         self.transport = connection.transport
         if self.transport is not None:
             self.transport.set_protocol(self)
-            self._unread = _unread_in(self.transport.get_extra_info("socket").fileno())
+            socket = self.transport.get_extra_info("socket")
+            self._unread = None if socket is None else _unread_in(socket.fileno())
 
     @property
     def usable(self) -> bool:
         """Whether the next request may be written as far as this process has been told."""
         return not (
             self._spoilt
-            or self._paused
             or self._waiting is not None
             or self.transport is None
             or self.transport.is_closing()

@@ -28,7 +28,7 @@ from dispatcher.connections import Connections
 from dispatcher.line import Line, NoAnswer, Whole
 
 TURNS: Final = 5
-"""Turns of the event loop after which what lay in a socket is read; it may be TLS's own."""
+"""Turns of the event loop in which it has read what lay in a socket, which may be TLS's own."""
 
 Check: TypeAlias = Callable[[], str | None]
 """Asked at the last moment: None to send, or why not, in one plain phrase."""
@@ -139,7 +139,8 @@ class Provider:
 
         With a connection in hand `wait` is awaited, then `check` is called; if that returns
         None the request is written at once, with no await between. Should the connection turn
-        out to be closed after the wait, `wait` is awaited once more with another one.
+        out after the wait to be closed, or to have something to read first, `wait` is awaited
+        once more before the next try.
 
         Args:
             user_id: The customer's number.
@@ -154,7 +155,8 @@ class Provider:
             ValueError: The number or the text cannot be written as UTF-8.
             RuntimeError: The client is closed.
             asyncio.CancelledError: The caller cancelled, and the connection is closed; the
-                request had left if `check` had returned None.
+                request had left if `check` had returned None. Or the client was closed while the
+                message waited for a connection.
         """
         if self._connections.closed:
             raise RuntimeError("the client is closed")
@@ -267,7 +269,6 @@ class _Attempt:
         line, self._answer = await self._leave()
         try:
             status, body = await self._answer
-            self._connections.give_back(line)
         except BaseException:
             self.received = line.received
             line.close()
@@ -275,7 +276,12 @@ class _Attempt:
         finally:
             # A failure in it leads to this attempt, with number and text.
             self._answer = None
-        return Answer(status, body, self.seconds())
+        answer = Answer(status, body, self.seconds())
+        try:
+            self._connections.give_back(line)
+        except Exception:  # noqa: BLE001 - whatever ails the connection, the answer is there
+            line.close()
+        return answer
 
     async def _leave(self) -> tuple[Line, asyncio.Future[Whole]]:
         """Write the request to a connection that can take it."""
@@ -285,10 +291,9 @@ class _Attempt:
                 if self._wait is not None:
                     await self._due(self._wait)
                 answer = self._write(line)
-                turns = TURNS
-                while answer is None and turns and line.usable:
-                    await asyncio.sleep(0)
-                    turns -= 1
+                if answer is None and await _read_out(line):
+                    if self._wait is not None:
+                        await self._due(self._wait)
                     answer = self._write(line)
             except BaseException:
                 # Also where the message is withheld: to keep it would begin its idle time anew.
@@ -327,6 +332,17 @@ class _Attempt:
     def seconds(self) -> float:
         """Time since the write; the loop's clock stands still between two turns of uvloop."""
         return 0.0 if self.left_at is None else time.monotonic() - self.left_at
+
+
+async def _read_out(line: Line) -> bool:
+    """Let the event loop read what lies in the socket; tells whether a request may go then."""
+    for _ in range(TURNS):
+        if not line.usable:
+            return False
+        await asyncio.sleep(0)
+        if line.ready:
+            return True
+    return False
 
 
 class _Watchdog:

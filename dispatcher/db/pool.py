@@ -79,8 +79,8 @@ async def connect(
 ) -> asyncpg.Connection:
     """Open one connection; statements on it end after `timeout` seconds on both sides.
 
-    `planned_once`: plan each statement when it first runs, for any values, and by index however
-    small the table is: it may have grown since.
+    `planned_once`: plan each statement when it first runs, for any values, and by index even where
+    the table is small, as it may have grown by the next run.
 
     Raises DatabaseLost, and SettingsError if the address cannot be one.
     """

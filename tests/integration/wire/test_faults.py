@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.line import MAX_ANSWER
+from dispatcher.line import MAX_ANSWER, Line
 from dispatcher.provider import Answer, InDoubt
 from tests.integration.wire.client import NUMBER, TEXT, client, send
 from tests.integration.wire.raw_provider import RawProvider, Received, Script, well
@@ -156,12 +156,22 @@ async def test_a_redirect_is_not_followed(
         assert (len(raw.requests), len(other.lines)) == (1, 0)
 
 
-async def test_an_answer_that_is_none_is_not_waited_for(raw: RawProvider) -> None:
+async def test_an_answer_that_is_none_is_not_waited_for(
+    raw: RawProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once an answer cannot be read any further, its connection is closed, by us."""
+    read = asyncio.Event()
+
+    def data_received(line: Line, data: bytes) -> None:
+        original(line, data)
+        read.set()
+
+    original = Line.data_received
+    monkeypatch.setattr(Line, "data_received", data_received)
 
     async def spoil(request: Received) -> None:
         await request.line.write(CHUNKED + b"3\r\nMSG\r\n")
-        await asyncio.sleep(0.05)
+        await read.wait()
         await request.line.write(b"5\r\n_OK:1\r\nzz\r\n")
 
     raw.script = spoil

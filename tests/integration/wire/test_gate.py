@@ -215,11 +215,42 @@ async def test_any_error_after_the_write_is_in_doubt(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Connections, "give_back", broken)
+    monkeypatch.setattr(Line, "ask", broken)
     async with client(raw.url) as provider:
         reply = await send(provider)
     assert isinstance(reply, InDoubt)
     assert reply.reason == "unexpected RuntimeError"
+
+
+async def test_an_answer_outlives_what_ails_its_connection(
+    raw: RawProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was received counts, though the connection cannot be kept; it is closed."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Connections, "give_back", broken)
+    async with client(raw.url) as provider:
+        assert isinstance(await send(provider), Answer)
+        await raw.all_closed()
+
+
+async def test_a_message_waits_anew_after_what_was_to_be_read(
+    raw: RawProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading takes time, so a paced message is due again before it leaves; once."""
+    looks = iter([False, False, True, True])
+    monkeypatch.setattr(Line, "ready", property(lambda _: next(looks)))
+    waits = 0
+
+    async def wait() -> None:
+        nonlocal waits
+        waits += 1
+
+    async with client(raw.url) as provider:
+        assert isinstance(await send(provider, wait=wait), Answer)
+    assert (waits, len(raw.requests), len(raw.lines)) == (2, 1, 1)
 
 
 async def test_a_bug_before_the_write_is_raised(raw: RawProvider) -> None:

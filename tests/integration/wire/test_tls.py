@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import aiohttp.connector
 import pytest
 import trustme
+import uvloop
 from yarl import URL
 
 from dispatcher.connections import Connections
@@ -127,6 +128,8 @@ async def test_a_line_whose_end_was_read_is_not_asked(
     raw: RawProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written after an end without TLS's goodbye, and before its loss is told, is lost."""
+    if isinstance(asyncio.get_running_loop(), uvloop.Loop):
+        pytest.skip("uvloop tells the loss in the turn of the end")
     connections = Connections(URL(raw.url), limit=1, keepalive=30)
     line = await connections.open()
     await line.ask(b"GET / HTTP/1.1\r\nHost: provider\r\n\r\n")
@@ -142,7 +145,7 @@ async def test_a_line_whose_end_was_read_is_not_asked(
     async with asyncio.timeout(20):
         while line.usable:  # noqa: ASYNC110 - a line tells nobody of its end
             await asyncio.sleep(0.001)
-    assert True not in ready_after_its_end
+    assert ready_after_its_end == [False]
     line.close()
     await connections.close()
 
