@@ -620,7 +620,7 @@ class End:
                 f"{delay['seconds'] * 1000:.0f} ms between two",
                 f"{delay['accepted']:,} {names[delay['service_id']]} took {delay['took'] or 0:.1f}"
                 f" s, the ban included, none closer than {(delay['closest'] or 0) * 1000:.1f} ms; "
-                f"{delay['refused']} came too soon and went again",
+                f"{delay['refused']} more were refused as too soon, and went again",
             )
         for ban in self._held_by_ban():
             table.add_row(
