@@ -55,17 +55,17 @@ FULL: Final = Size(
 
 QUICK: Final = Size(
     rounds=1,
-    messages=3_000,
+    messages=2_000,
     latency_messages=20,
     latency_rounds=1,
-    idle_seconds=2,
+    idle_seconds=1,
     workers=(1, 2),
     sessions=(1, 4),
-    pending=10_000,
+    pending=8_000,
     few=2_000,
     growth_rounds=0,
     lived=10_000,
     pace_messages=30,
-    log_lines=10_000,
-    reports_messages=1_000,
+    log_lines=5_000,
+    reports_messages=600,
 )

@@ -7,7 +7,7 @@ import pytest
 from yarl import URL
 
 from dispatcher.connections import Connections
-from dispatcher.line import NoAnswer, Whole
+from dispatcher.line import Line, NoAnswer, Whole
 from tests.integration.wire.raw_provider import RawProvider, Received
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: provider\r\n\r\n"
@@ -88,10 +88,8 @@ async def test_closing_ends_lines_that_are_in_use(
     line.close()
 
 
-async def test_an_answer_that_our_own_close_ends_is_cut_short(
-    raw: RawProvider, connections: Connections
-) -> None:
-    """Without a length only the provider's own close says that this was all."""
+async def begun(raw: RawProvider, connections: Connections) -> tuple[Line, asyncio.Future[Whole]]:
+    """A line on which an answer without a length has begun to come."""
 
     async def without_length(request: Received) -> None:
         await request.line.write(b"HTTP/1.1 200 OK\r\n\r\nMSG_OK:12")
@@ -102,6 +100,14 @@ async def test_an_answer_that_our_own_close_ends_is_cut_short(
     async with asyncio.timeout(20):
         while not line.received:  # noqa: ASYNC110 - a line tells nobody of a part
             await asyncio.sleep(0.001)
+    return line, answer
+
+
+async def test_an_answer_that_our_own_close_ends_is_cut_short(
+    raw: RawProvider, connections: Connections
+) -> None:
+    """Without a length only the provider's own close says that this was all."""
+    line, answer = await begun(raw, connections)
     await connections.close()
     with pytest.raises(NoAnswer, match=r"^answer cut short$"):
         await answer
@@ -112,16 +118,7 @@ async def test_an_end_for_whatever_error_is_not_in_order(
     raw: RawProvider, connections: Connections
 ) -> None:
     """What the event loop could not read on may have been the rest of the answer."""
-
-    async def without_length(request: Received) -> None:
-        await request.line.write(b"HTTP/1.1 200 OK\r\n\r\nMSG_OK:12")
-
-    raw.script = without_length
-    line = await connections.open()
-    answer = line.ask(REQUEST)
-    async with asyncio.timeout(20):
-        while not line.received:  # noqa: ASYNC110 - a line tells nobody of a part
-            await asyncio.sleep(0.001)
+    line, answer = await begun(raw, connections)
     line.connection_lost(MemoryError())
     with pytest.raises(NoAnswer, match=r"^answer cut short$"):
         await answer
