@@ -207,14 +207,15 @@ async def test_a_timeout_leaves_the_callers_task_uncancelled(raw: RawProvider) -
     assert task.cancelling() == 0
 
 
+def broken(*_: object) -> None:
+    """A part with a bug."""
+    raise RuntimeError("a bug")
+
+
 async def test_any_error_after_the_write_is_in_doubt(
     raw: RawProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write decides, not the exception's class."""
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("a bug")
-
     monkeypatch.setattr(Line, "ask", broken)
     async with client(raw.url) as provider:
         reply = await send(provider)
@@ -226,10 +227,6 @@ async def test_an_answer_outlives_what_ails_its_connection(
     raw: RawProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was received counts, though the connection cannot be kept; it is closed."""
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("a bug")
-
     monkeypatch.setattr(Connections, "give_back", broken)
     async with client(raw.url) as provider:
         assert isinstance(await send(provider), Answer)
